@@ -1,0 +1,1 @@
+"""Node health, decisions, tickets, metrics and reports."""

@@ -1,0 +1,1 @@
+"""One source of evidence a file: `read()` touches the world, `judge(reading)` is pure."""

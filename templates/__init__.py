@@ -1,0 +1,1 @@
+"""Files that are rendered or deployed: cluster descriptions, Slurm configuration, job scripts."""
