@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _root(
-    verbose: int = typer.Option(0, "-v", "--verbose", count=True, help="Say more; twice for every command that is run."),
+    verbose: int = typer.Option(
+        0, "-v", "--verbose", count=True, help="Say more; twice for every command that is run."
+    ),
     version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and leave."),
 ) -> None:
     """Run a Slurm GPU training cluster: describe it, check it, submit to it, watch it.
@@ -137,11 +139,17 @@ def _import(name: str, verb: Verb) -> Any:
 
 def _report_unexpected(error: Exception) -> None:
     console = error_console()
-    console.print(f"[bold red]unexpected error:[/] {type(error).__name__}: {_escape(str(error))}", soft_wrap=True, highlight=False)
+    console.print(
+        f"[bold red]unexpected error:[/] {type(error).__name__}: {_escape(str(error))}",
+        soft_wrap=True,
+        highlight=False,
+    )
     if logging.getLogger().isEnabledFor(logging.INFO):
         traceback.print_exception(error)
     else:
-        console.print("This is a fault in Muster. Run it again with [bold]muster -v ...[/] for the traceback, and report that.")
+        console.print(
+            "This is a fault in Muster. Run it again with [bold]muster -v ...[/] for the traceback, and report that."
+        )
 
 
 def _escape(text: str) -> str:

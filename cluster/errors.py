@@ -59,7 +59,9 @@ class OutsideError(MusterError):
 class CommandError(OutsideError):
     """A command ended with an error."""
 
-    def __init__(self, message: str, *, argv: Sequence[str], returncode: int, stdout: str = "", stderr: str = "") -> None:
+    def __init__(
+        self, message: str, *, argv: Sequence[str], returncode: int, stdout: str = "", stderr: str = ""
+    ) -> None:
         super().__init__(message)
         self.argv = tuple(argv)
         self.returncode = returncode

@@ -29,7 +29,13 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None, styles: Mapping[str, str] | None = None) -> None:
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str | None = None,
+    styles: Mapping[str, str] | None = None,
+) -> None:
     """Print rows under bold headings, without a frame, so that the lines can be grepped and cut."""
     table = Table(*columns, title=title, box=None, pad_edge=False, title_justify="left", header_style="bold")
     for column in table.columns:

@@ -23,7 +23,9 @@ _RESERVED_BY_PARALLELCLUSTER = ("-st-", "-dy-")
 
 def _check_name(value: str) -> str:
     if len(value) > 30 or not _NAME.fullmatch(value):
-        raise ValueError("names are at most 30 lower-case letters, digits and single - or _, starting with a letter; rename it")
+        raise ValueError(
+            "names are at most 30 lower-case letters, digits and single - or _, starting with a letter; rename it"
+        )
     if any(part in f"{value}-" for part in _RESERVED_BY_PARALLELCLUSTER):
         raise ValueError("-st- and -dy- belong to ParallelCluster's own node names; rename it")
     return value
@@ -31,7 +33,13 @@ def _check_name(value: str) -> str:
 
 def _as_switch(value: object) -> object:
     """Accept YAML's booleans where a word is meant: another tool may have turned `off` into `false`."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value.lower() if isinstance(value, str) else value
+    return (
+        {True: "on", False: "off"}[value]
+        if isinstance(value, bool)
+        else value.lower()
+        if isinstance(value, str)
+        else value
+    )
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
@@ -198,7 +206,11 @@ class ClusterSpec(Section):
 
     @model_validator(mode="after")
     def _names_are_unique_and_known(self) -> ClusterSpec:
-        for what, names in (("pool", [p.name for p in self.pools]), ("queue", [q.name for q in self.queues]), ("project", [p.name for p in self.projects])):
+        for what, names in (
+            ("pool", [p.name for p in self.pools]),
+            ("queue", [q.name for q in self.queues]),
+            ("project", [p.name for p in self.projects]),
+        ):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{what} {', '.join(twice)} is described twice; each name may stand once")
@@ -207,10 +219,13 @@ class ClusterSpec(Section):
         for queue in self.queues:
             unknown = [name for name in queue.pools if name not in pools]
             if unknown:
-                raise ValueError(f"queue {queue.name} names pool {', '.join(unknown)}; the pools are: {', '.join(sorted(pools))}")
+                raise ValueError(
+                    f"queue {queue.name} names pool {', '.join(unknown)}; the pools are: {', '.join(sorted(pools))}"
+                )
             unknown = [name for name in queue.projects if name not in projects]
             if unknown:
-                raise ValueError(f"queue {queue.name} names project {', '.join(unknown)}; the projects are: {', '.join(sorted(projects)) or 'none'}")
+                known = ", ".join(sorted(projects)) or "none"
+                raise ValueError(f"queue {queue.name} names project {', '.join(unknown)}; the projects are: {known}")
         defaults = [queue.name for queue in self.queues if queue.default]
         if len(defaults) > 1:
             raise ValueError(f"queues {' and '.join(defaults)} are both the default; set default on one of them")
@@ -243,4 +258,3 @@ def load_spec(path: Path) -> ClusterSpec:
         InputError: It cannot be read or is not YAML.
     """
     return validate(ClusterSpec, read_yaml(path))
-

@@ -94,7 +94,9 @@ class LocalShell:
                 raise MissingError(f"{argv[0]}: the directory to run it in does not exist: {cwd}") from error
             raise MissingError(missing_program_message(argv[0])) from error
         except PermissionError as error:
-            raise MissingError(f"{argv[0]}: not allowed to run it ({error.strerror}); check its mode and owner") from error
+            raise MissingError(
+                f"{argv[0]}: not allowed to run it ({error.strerror}); check its mode and owner"
+            ) from error
         try:
             stdout, stderr = process.communicate(input_text, timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
@@ -139,7 +141,9 @@ def find_program(program: str) -> str:
     Raises:
         MissingError: It is not installed; the message names the Debian package.
     """
-    path = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"]))
+    path = shutil.which(
+        program, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+    )
     if path is None:
         raise MissingError(missing_program_message(program))
     return path

@@ -1,8 +1,8 @@
 """YAML files that people write: read with the line of every value, checked against a pydantic model, every mistake reported.
 
-Files are read by the rules of YAML 1.2, where only `true` and `false` are booleans. PyYAML's own rules (YAML 1.1) turn an
+Files are read by YAML 1.2, where only `true` and `false` are booleans. PyYAML's own rules (YAML 1.1) turn an
 unquoted `OFF`, `NO` or `ON` into a boolean, which is how `PreemptMode: OFF` becomes `PreemptMode=False` in a slurm.conf, and
-`48:00:00` into the number 172800. `dump_yaml` writes for readers of either version: whatever one of them could mistake is quoted.
+`48:00:00` into the number 172800. `dump_yaml` writes for readers of either version: what one of them could mistake is quoted.
 """
 
 from __future__ import annotations
@@ -47,11 +47,15 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as in the base class
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -67,6 +71,20 @@ def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
     return float(text)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes the strings which YAML 1.2 would read as something else."""
+
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    string = "tag:yaml.org,2002:str"
+    resolvers = _Loader.yaml_implicit_resolvers.get(text[:1], [])
+    style = "'" if any(pattern.match(text) for _, pattern in resolvers) else None
+    if set(text) & set("\x85\u2028\u2029"):  # line breaks to YAML: PyYAML escapes them only between double quotes
+        style = '"'
+    return dumper.represent_scalar(string, text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
@@ -92,8 +110,9 @@ def parse_yaml(text: str, *, source: str) -> YamlDocument:
     Raises:
         InputError: It is not YAML, or a key stands twice.
     """
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         lines: dict[KeyPath, int] = {}
         if root is not None:
@@ -106,7 +125,8 @@ def parse_yaml(text: str, *, source: str) -> YamlDocument:
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not valid YAML: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return YamlDocument(data, lines, source)
 
 
@@ -118,7 +138,14 @@ def validate(model: type[ModelT], document: YamlDocument, *, error_type: type[In
     """
     result, findings = try_validate(model, document)
     if result is None:
-        raise error_type("\n".join([f"{document.source}: {len(findings)} mistake{'s' * (len(findings) > 1)}", *(f"  {f}" for f in findings)]))
+        raise error_type(
+            "\n".join(
+                [
+                    f"{document.source}: {len(findings)} mistake{'s' * (len(findings) > 1)}",
+                    *(f"  {f}" for f in findings),
+                ]
+            )
+        )
     return result
 
 
@@ -140,7 +167,7 @@ def try_validate(model: type[ModelT], document: YamlDocument) -> tuple[ModelT | 
 
 def dump_yaml(value: object) -> str:
     """Write `value` as YAML. Strings that YAML 1.1 or 1.2 would read as something else are quoted."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def field_name(path: KeyPath) -> str:
@@ -159,7 +186,9 @@ def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: st
             key = str(key_node.value)
             line = key_node.start_mark.line + 1
             if key in seen:
-                raise InputError(f"{source}: line {line}: {field_name((*path, key))} stands twice, first in line {seen[key]}; remove one")
+                raise InputError(
+                    f"{source}: line {line}: {field_name((*path, key))} stands twice, first in line {seen[key]}; remove one"
+                )
             seen[key] = line
             lines[(*path, key)] = line
             _index(value_node, (*path, key), lines, source)
@@ -171,7 +200,9 @@ def _index(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: st
 def _is_echo(detail: Any, details: Sequence[Any]) -> bool:
     """Whether pydantic calls a list too short only because the items in it were wrong."""
     path = detail["loc"]
-    return detail["type"] == "too_short" and any(len(other["loc"]) > len(path) and other["loc"][: len(path)] == path for other in details)
+    return detail["type"] == "too_short" and any(
+        len(other["loc"]) > len(path) and other["loc"][: len(path)] == path for other in details
+    )
 
 
 def _finding(model: type[BaseModel], document: YamlDocument, detail: Any) -> Finding:
@@ -204,7 +235,7 @@ def _finding(model: type[BaseModel], document: YamlDocument, detail: Any) -> Fin
 
 def _shown(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."  # noqa: PLR2004
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fields_at(model: type[BaseModel], path: KeyPath) -> list[str]:
