@@ -178,7 +178,7 @@ def _times(spec: ClusterSpec) -> Iterator[tuple[KeyPath, Finding]]:
         if queue.time_limit is not None and queue.default_time is not None and queue.default_time > queue.time_limit:
             yield _find(
                 ("queues", number, "default_time"), "default-over-limit", Level.ERROR, format_duration(queue.default_time),
-                f"is longer than the queue's time_limit of {format_duration(queue.time_limit)}: jobs without a time never start",
+                f"is over the time_limit of {format_duration(queue.time_limit)}: jobs without a time never start",
                 f"use at most {format_duration(queue.time_limit)}",
             )  # fmt: skip
         if queue.minimum_run and _preempted_by_nobody(queue):
