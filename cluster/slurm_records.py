@@ -1,7 +1,7 @@
 """What Slurm says about its nodes, partitions and jobs, in one form whichever version and format it came from.
 
-A field that Slurm did not print, or printed in a form that could not be read, is None (or empty for collections): unknown, never
-a guess. Times are aware and in UTC. Limits that Slurm calls UNLIMITED are `UNLIMITED`; None stays reserved for "not known".
+A field that Slurm did not print, or printed in a form that could not be read, is None (or empty for collections): unknown,
+never a guess. Times are aware and in UTC. Limits that Slurm calls UNLIMITED are `UNLIMITED`; None stays reserved for "unknown".
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ RecordT = TypeVar("RecordT")
 UNLIMITED = timedelta.max
 """A time limit that Slurm prints as UNLIMITED or INFINITE. Compare with `==`: it is larger than any real limit."""
 
-PENDING_STATES = frozenset({"PENDING", "SUSPENDED"})
 ENDED_STATES = frozenset(
     {
         "BOOT_FAIL",
@@ -34,7 +33,19 @@ ENDED_STATES = frozenset(
 """Base states that a job does not leave without a requeue (job_states enum of slurm.h)."""
 
 _NODE_UNUSABLE = frozenset(
-    {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}
+    {
+        "DOWN",
+        "DRAIN",
+        "ERROR",
+        "FAIL",
+        "FUTURE",
+        "INVALID_REG",
+        "NOT_RESPONDING",
+        "POWERING_DOWN",
+        "POWER_DRAIN",
+        "REBOOT_ISSUED",
+        "UNKNOWN",
+    }
 )
 _NODE_BUSY = frozenset({"ALLOCATED", "MIXED", "COMPLETING"})
 
@@ -235,6 +246,7 @@ class Job:
     dependency: str | None = None
     """What it waits for, as Slurm prints it: `afterok:12(unfulfilled)`."""
     exit_code: int | None = None
+    """None while it has not ended. A requeued job that waits still has the code of its last attempt, where that was not 0."""
     exit_signal: int | None = None
     comment: str | None = None
     admin_comment: str | None = None
@@ -250,7 +262,7 @@ class Job:
 
     @property
     def display_id(self) -> str:
-        """The id as people and Slurm's commands write it: `12`, `12_3` for an element of an array, `12_[4-9%2]` for the rest."""
+        """The id as Slurm's commands take it: `12`, `12_3` for an element of an array, `12_[4-9%2]` for the rest of one."""
         if self.array_job_id is None or self.array_task is None:
             return self.id
         task = self.array_task if self.array_task.isdigit() else f"[{self.array_task}]"
