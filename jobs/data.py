@@ -203,7 +203,7 @@ class ShardDataset:
         try:
             data, caption = self.read_raw(number)
             at_least_px = None if self._size_px is None else 2 * self._size_px
-            image = decode_rgb(data, background=self._background, at_least_px=at_least_px)
+            image = decode_rgb(data, background=self._background, at_least_px=at_least_px, checked=True)
         except BadImageError as error:
             self._note_bad(number, str(error))
             return None

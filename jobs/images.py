@@ -33,6 +33,7 @@ def decode_rgb(
     max_pixels: int = MAX_PIXELS,
     at_least_px: int | None = None,
     animated: bool = False,
+    checked: bool = False,
 ) -> Image.Image:
     """Decode an image and bring it to upright 8-bit RGB.
 
@@ -45,6 +46,7 @@ def decode_rgb(
         max_pixels: Larger pictures are refused, going by the header alone.
         at_least_px: Lets a large JPEG be decoded at 1/2, 1/4 or 1/8, as long as no side gets shorter than this.
         animated: Take the first frame of an animation instead of refusing it.
+        checked: The bytes are known to be those of a sound file, by a checksum: do not check a PNG's own.
 
     Raises:
         BadImageError: The picture is damaged, cut off, too large, or of a kind that has no right conversion.
@@ -56,7 +58,7 @@ def decode_rgb(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that max_pixels judges
-            if data.startswith(b"\x89PNG"):
+            if not checked and data.startswith(b"\x89PNG"):
                 with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                     _check_size(image, max_pixels)
                     image.verify()  # checks the chunks' CRCs, which decoding does not do for pixels
@@ -90,6 +92,13 @@ def fit_square(image: Image.Image, size_px: int, *, fit: Fit = "crop", backgroun
     if fit == "pad":
         return ImageOps.pad(image, (size_px, size_px), Image.Resampling.LANCZOS, color=background)
     return ImageOps.fit(image, (size_px, size_px), Image.Resampling.LANCZOS)
+
+
+def cut_margin(image: Image.Image, size_px: int) -> Image.Image:
+    """Return the middle of an image, at most `size_px` wide and high, its pixels as they are."""
+    width, height = min(image.width, size_px), min(image.height, size_px)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def render_svg(data: bytes, size_px: int, *, fit: Fit = "crop", background: str = "#ffffff") -> Image.Image:

@@ -18,7 +18,7 @@ from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from cluster.errors import OutsideError
-from jobs.images import BadImageError, decode_rgb, encode_image, fit_square, render_svg
+from jobs.images import BadImageError, cut_margin, decode_rgb, encode_image, fit_square, render_svg
 from jobs.preprocess_settings import ImageSettings
 from jobs.sources import Source
 
@@ -50,7 +50,10 @@ def prepare(source: Source, settings: ImageSettings, item: str) -> Prepared:
     try:
         raw = source.load(item, max_bytes=int(settings.max_file_mb * 1_000_000))
         if raw.is_svg:
-            image = render_svg(raw.data, settings.size_px, fit=settings.fit, background=settings.background)
+            drawn_px = round(settings.size_px * raw.zoom)
+            image = render_svg(raw.data, drawn_px, fit=settings.fit, background=settings.background)
+            if raw.zoom > 1:
+                image = cut_margin(image, settings.size_px)
         else:
             image = decode_rgb(
                 raw.data,

@@ -38,6 +38,8 @@ class RawSample:
     data: bytes
     caption: str
     is_svg: bool = False
+    zoom: float = 1.0
+    """How much larger than the picture it is drawn before the margin is cut; for SVG."""
 
 
 class _NoSuchFileError(BadImageError):
@@ -138,7 +140,7 @@ class OpenMoji:
     def load(self, item: str, *, max_bytes: int) -> RawSample:
         """Read the drawing and make its caption; see `Source.load`."""
         data = _read_file(self._directory / f"{item}.svg", max_bytes=max_bytes)
-        return RawSample(data, emoji_caption(code_points(item)), is_svg=True)
+        return RawSample(data, emoji_caption(code_points(item)), is_svg=True, zoom=self._settings.zoom)
 
 
 class ImageFolder:
