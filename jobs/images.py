@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Literal
 
@@ -20,6 +21,9 @@ MAX_PIXELS = 64_000_000
 # Formats that Pillow decodes itself. Others would start programs (EPS runs ghostscript) or read further files.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _SVG_MAX_SIDE_PX = 4096
+# resvg would read any file that an <image> names. Only pictures inside the drawing (data:) and its own parts (#id) are left.
+_SVG_IMAGE = re.compile(r"<\s*(?:[\w.-]+:)?(?:image|feImage)\b")
+_SVG_OUTSIDE_REFERENCE = re.compile(r"""href\s*=\s*["']\s*(?!#|data:)""")
 
 
 class BadImageError(ValueError):
@@ -104,10 +108,10 @@ def cut_margin(image: Image.Image, size_px: int) -> Image.Image:
 def render_svg(data: bytes, size_px: int, *, fit: Fit = "crop", background: str = "#ffffff") -> Image.Image:
     """Render an SVG so that `fit_square` needs to scale it up neither for a crop nor for a pad.
 
-    Files that the SVG refers to are not read, and no fonts are loaded: text in it stays invisible.
+    No fonts are loaded: text in it stays invisible.
 
     Raises:
-        BadImageError: It is not an SVG, or has no size.
+        BadImageError: It is not an SVG, has no size, or shows pictures from other files.
     """
     import resvg_py
 
@@ -116,6 +120,10 @@ def render_svg(data: bytes, size_px: int, *, fit: Fit = "crop", background: str 
     box_px = size_px
     try:
         text = data.decode("utf-8")
+        # Entities may hold markup, and character references may hide it from a search.
+        hidden = "<!ENTITY" in text and "&#" in text
+        if hidden or (_SVG_IMAGE.search(text) and _SVG_OUTSIDE_REFERENCE.search(text)):
+            raise BadImageError("shows a picture from another file; those are not read")
         while True:
             png = resvg_py.svg_to_bytes(
                 svg_string=text, width=box_px, height=box_px, background=background, skip_system_fonts=True
@@ -126,6 +134,8 @@ def render_svg(data: bytes, size_px: int, *, fit: Fit = "crop", background: str 
             if fit == "pad" or min(image.size) >= size_px or box_px >= _SVG_MAX_SIDE_PX:
                 return image
             box_px = min(needed_px, _SVG_MAX_SIDE_PX)
+    except BadImageError:
+        raise
     except (ValueError, OSError) as error:
         raise BadImageError(f"not an SVG that can be drawn: {error}"[:300]) from error
 
