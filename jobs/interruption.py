@@ -1,4 +1,4 @@
-"""Being asked to stop: the signal handler sets a flag, all ranks agree on it at a step boundary, and only then is anything done.
+"""Being asked to stop: a signal handler sets a flag, all ranks agree on it at a step boundary, and only then is anything done.
 
 Nothing else is safe in a handler: it runs between two byte codes of the main thread, on one rank now and on another rank a step
 later, so a save or a collective begun there meets torn state and ranks that never come (facts/jobs.md, finding 3).
@@ -28,8 +28,8 @@ class StopSignals:
     CONT is caught too, for the record only: Slurm sends it just before TERM, so that a stopped job can hear the TERM, and alone
     when a suspended job goes on. By itself it asks for nothing.
 
-    Enter it as the first thing a trainer does, before the heavy imports and inside the callable that submitit runs: submitit has
-    set its own handlers by then, and these replace them. Whatever was there before comes back on leaving.
+    Enter it as the first thing a trainer does, before the heavy imports and inside the callable that submitit runs: submitit
+    has set its own handlers by then, and these replace them. Whatever was there before comes back on leaving.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
@@ -63,7 +63,9 @@ class StopSignals:
             InterruptedRunError: A stop was asked for.
         """
         if self._first is not None:
-            raise InterruptedRunError(f"{self._first} received {where}".rstrip() + "; the run goes on in the next attempt")
+            raise InterruptedRunError(
+                f"{self._first} received {where}".rstrip() + "; the run goes on in the next attempt"
+            )
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():
@@ -72,13 +74,15 @@ class StopSignals:
             self._earlier[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._earlier.items():
             # None stands for a handler that C code had installed; Python cannot put that back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         self._received[name] = self._received.get(name, 0) + 1
         if self._first is None and number in self._signals:
@@ -97,7 +101,7 @@ class Agreement:
     """
 
     def __init__(self, group: Any = None, *, world_size: int = 1) -> None:
-        """Take a gloo group of its own (`open` makes one): sharing one with other collectives would tie their order together."""
+        """Take a gloo group of its own (`open` makes one): a shared one would tie its order to that of other collectives."""
         if world_size > 1 and group is None:
             raise StateError("an agreement among several ranks needs a gloo group; use Agreement.open()")
         self._group = group
@@ -187,7 +191,7 @@ class Agreement:
         return bool(flag.item())
 
 
-def reset_signals_in_worker(worker_id: int = 0) -> None:
+def reset_signals_in_worker(worker_id: int = 0) -> None:  # noqa: ARG001 - the DataLoader gives it
     """Make a data worker deaf to Slurm's signals; pass it as `worker_init_fn` of a DataLoader.
 
     Slurm signals every process of a step, workers included. With the inherited handler a worker would only set a flag nobody

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOWEST_PORT = 12_000
-_PORT_COUNT = 17_389  # a prime: 12000..29388 lies below 29500 (torch's default), 32768 (Linux's ephemeral ports), above Slurm's
+_PORT_COUNT = (
+    17_389  # a prime: 12000..29388 lies below 29500 (torch's default), 32768 (Linux's ephemeral ports), above Slurm's
+)
 _ATTEMPTS_BEFORE_REUSE = 8
 _STEPS_BEFORE_REUSE = 8
 
@@ -54,6 +56,8 @@ class RankInfo:
     step_id: str | None = None
     array_job_id: str | None = None
     array_task: str | None = None
+    cluster: str | None = None
+    """Slurm's name of the cluster: job numbers mean something only within it."""
 
     @property
     def display_id(self) -> str:
@@ -145,7 +149,9 @@ def parse_tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         match = _GROUPED.fullmatch(part.strip())
         if match is None:
-            raise JobError(f"SLURM_TASKS_PER_NODE is {text!r}; expected counts such as 8(x4) or 8(x2),4; was it changed by hand?")
+            raise JobError(
+                f"SLURM_TASKS_PER_NODE is {text!r}; expected counts such as 8(x4) or 8(x2),4; was it changed by hand?"
+            )
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -176,14 +182,15 @@ def open_process_group(
     """
     if info.world_size == 1:
         return
+    import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
     if dist.is_initialized():
         return
-    import torch
 
     deadline = time.monotonic() + timeout_s
-    store = dist.PrefixStore(info.attempt_label, _open_store(info, deadline, stop, slurm))
+    store = PrefixStore(info.attempt_label, _open_store(info, deadline, stop, slurm))
     _gather_everyone(info, store, deadline, stop)
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -192,7 +199,7 @@ def open_process_group(
 
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-        store=dist.PrefixStore("group", store),
+        store=PrefixStore("group", store),
         rank=info.rank,
         world_size=info.world_size,
         timeout=timedelta(seconds=collective_timeout_s),
@@ -213,6 +220,7 @@ def _open_store(info: RankInfo, deadline: float, stop: StopSignals | None, slurm
     from datetime import timedelta
 
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import TCPStore
 
     address = _resolve_master(info, slurm)
     last = "no answer"
@@ -226,7 +234,7 @@ def _open_store(info: RankInfo, deadline: float, stop: StopSignals | None, slurm
                 "of this cluster reach each other on that port?"
             )
         try:
-            return dist.TCPStore(
+            return TCPStore(
                 address,
                 info.master_port,
                 info.world_size,
@@ -277,8 +285,8 @@ def _missing_message(info: RankInfo, missing: Sequence[int]) -> str:
     shown = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
     return (
         f"{len(missing)} of {info.world_size} ranks did not come to {info.master_address}:{info.master_port}: rank {shown}. "
-        f"The nodes are {', '.join(info.nodes[:16])}{', ...' if len(info.nodes) > 16 else ''}; look at the missing ranks' logs, "
-        "and whether their nodes are up and reach that port"
+        f"The nodes are {', '.join(info.nodes[:16])}{', ...' if len(info.nodes) > 16 else ''}; look at the missing ranks' "
+        "logs, and whether their nodes are up and reach that port"
     )
 
 
@@ -310,14 +318,16 @@ def _from_step(environ: Mapping[str, str]) -> RankInfo:
     rank = _number(environ, "SLURM_PROCID")
     world_size = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if not 0 <= rank < world_size:
-        raise JobError(f"SLURM_PROCID is {rank} of {world_size} tasks; it must be smaller. Were these variables changed by hand?")
+        raise JobError(
+            f"SLURM_PROCID is {rank} of {world_size} tasks; it must be smaller. Were these variables changed by hand?"
+        )
     nodes = tuple(expand(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")))
     counts = parse_tasks_per_node(_text(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
     index = _number(environ, "SLURM_NODEID")
     if index >= len(counts) or sum(counts) != world_size or len(counts) != len(nodes):
         raise JobError(
-            f"Slurm's variables contradict each other: {len(nodes)} nodes, tasks per node {counts}, {world_size} tasks, this is "
-            f"node number {index}; start the trainer by srun with a clean environment"
+            f"Slurm's variables contradict each other: {len(nodes)} nodes, tasks per node {counts}, {world_size} tasks, this "
+            f"is node number {index}; start the trainer by srun with a clean environment"
         )
     job_id = environ.get("SLURM_JOB_ID")
     step_id = environ.get("SLURM_STEP_ID")
@@ -339,7 +349,9 @@ def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
     rank = _number(environ, "RANK")
     world_size = _number(environ, "WORLD_SIZE")
     if not 0 <= rank < world_size:
-        raise JobError(f"RANK is {rank} and WORLD_SIZE {world_size}; RANK must be smaller. Unset both for a single process")
+        raise JobError(
+            f"RANK is {rank} and WORLD_SIZE {world_size}; RANK must be smaller. Unset both for a single process"
+        )
     local_rank = int(environ.get("LOCAL_RANK", "0"))
     node = environ.get("SLURMD_NODENAME") or socket.gethostname()
     listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
@@ -352,7 +364,9 @@ def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
         node=node,
         nodes=tuple(expand(listed)) if listed else (node,),
         master_address=master,
-        master_port=int(environ.get("MASTER_PORT") or rendezvous_port(environ.get("SLURM_JOB_ID"), _restart_count(environ))),
+        master_port=int(
+            environ.get("MASTER_PORT") or rendezvous_port(environ.get("SLURM_JOB_ID"), _restart_count(environ))
+        ),
         **_job_fields(environ),
     )
 
@@ -363,6 +377,7 @@ def _job_fields(environ: Mapping[str, str]) -> dict[str, Any]:
         "restart_count": _restart_count(environ),
         "array_job_id": environ.get("SLURM_ARRAY_JOB_ID"),
         "array_task": environ.get("SLURM_ARRAY_TASK_ID"),
+        "cluster": environ.get("SLURM_CLUSTER_NAME"),
     }
 
 
@@ -374,7 +389,9 @@ def _text(environ: Mapping[str, str], *names: str) -> str:
     for name in names:
         if environ.get(name):
             return environ[name]
-    raise JobError(f"{names[0]} is not set, though this looks like a Slurm step; start the trainer by srun with a clean environment")
+    raise JobError(
+        f"{names[0]} is not set, though this looks like a Slurm step; start the trainer by srun with a clean environment"
+    )
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int:

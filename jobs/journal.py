@@ -1,0 +1,587 @@
+"""What happened to a run: its attempts, why each ended, what was lost, whether it is finished or has given up.
+
+    RUN/attempts.jsonl    one event a line, only ever appended to: begin, commit, end, cleared
+    RUN/finished          there once the run has reached its end
+    RUN/failed            there once the run has given up, with the reasons; `clear_failures` takes it away
+    RUN/lock.json         who works here; replaced by one rename, believed only together with Slurm or the heartbeat
+    RUN/heartbeat.json    sign of life and step of whoever holds the lock
+    RUN/crashes/          what a failing rank could still say; one file a rank, so that no two ever write to one
+
+The journal never decides where a run goes on: that is the newest committed checkpoint (`jobs.checkpoint`). It explains.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import StateError
+from jobs.process_group import RankInfo
+from jobs.run_lock import RunLock
+
+logger = logging.getLogger(__name__)
+
+_MESSAGE_CHARS = 2_000
+_TAIL_BYTES = 64 * 1024
+
+
+class EndReason(str, Enum):
+    """Why an attempt ended."""
+
+    FINISHED = "finished"
+    PREEMPTED = "preempted"
+    TIME_LIMIT = "time limit"
+    NODE_FAILURE = "node failure"
+    REQUEUED = "requeued"
+    """Sent back to the queue by a person, or by Slurm without saying why."""
+    SIGNALLED = "signalled"
+    """Somebody sent the signal by hand; the run saved and goes on."""
+    CANCELLED = "cancelled"
+    CRASHED = "crashed"
+    UNKNOWN = "unknown"
+    """Killed without a word, and Slurm does not remember why either."""
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether it counts towards giving up. What the cluster does on purpose does not."""
+        return self in {EndReason.CRASHED, EndReason.NODE_FAILURE, EndReason.UNKNOWN}
+
+
+Explanation = tuple[EndReason, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRecord:
+    """One attempt, from start to end; what is not known is None."""
+
+    number: int
+    """From 1, over all jobs that ever worked on this run."""
+    job_id: str | None = None
+    restart_count: int = 0
+    cluster: str | None = None
+    nodes: tuple[str, ...] = ()
+    world_size: int = 1
+    started: datetime | None = None
+    ended: datetime | None = None
+    reason: EndReason | None = None
+    """None while it runs, or until the next attempt finds out."""
+    message: str = ""
+    failing_rank: int | None = None
+    failing_node: str | None = None
+    first_step: int = 0
+    """Step of the checkpoint it began from: the number of steps done before it."""
+    last_step: int | None = None
+    """Step it had reached when it ended."""
+    committed_step: int | None = None
+    """Step of its own newest checkpoint; None where it committed none."""
+    seconds_lost: float | None = None
+    """Time between the newest checkpoint (or the attempt's start) and the end: work that is done again."""
+
+    @property
+    def steps_done(self) -> int | None:
+        """Steps between its start and its end, lost ones included."""
+        return None if self.last_step is None else max(0, self.last_step - self.first_step)
+
+    @property
+    def made_progress(self) -> bool:
+        """Whether it left a newer checkpoint than it began from."""
+        return self.committed_step is not None and self.committed_step > self.first_step
+
+
+class RunDirectory:
+    """The directory of one run, and its journal.
+
+    Args:
+        path: The directory; `begin_attempt` makes it where it is not there.
+        clock: Seconds since 1970, as `time.time`.
+        heartbeat_s: Seconds between signs of life.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, heartbeat_s: float = 10.0) -> None:
+        self.path = path
+        self._clock = clock
+        self._lock = RunLock(path, clock=clock, heartbeat_s=heartbeat_s)
+        self._current: AttemptRecord | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has reached its end."""
+        return (self.path / "finished").exists()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run has given up, one reason a line; None where it has not."""
+        try:
+            return (self.path / "failed").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    @property
+    def current(self) -> AttemptRecord | None:
+        """This process's own attempt, between `begin_attempt` and its end; None on ranks other than 0."""
+        return self._current
+
+    def attempts(self) -> list[AttemptRecord]:
+        """Return every attempt, oldest first. Lines that cannot be read (a crash may tear the last one) are left out."""
+        return fold_events(self._events())
+
+    def begin_attempt(
+        self,
+        info: RankInfo,
+        start_step: int,
+        *,
+        retries: int = 3,
+        is_job_alive: Callable[[str], bool | None] | None = None,
+        explain: Callable[[AttemptRecord], Explanation | None] | None = None,
+    ) -> AttemptRecord | None:
+        """Lock the run and note that an attempt begins. Only rank 0 does anything; on others it returns None.
+
+        An earlier attempt that died without a word is completed first: why, as far as can be found out, and what it lost.
+
+        Args:
+            info: Who this process is.
+            start_step: Step of the checkpoint that the attempt goes on from; 0 at the very beginning.
+            retries: How often a failed attempt may be followed by another without a new checkpoint in between.
+            is_job_alive: Tells whether a Slurm job still lives (`Requeuer.is_job_alive`); None where it cannot say.
+            explain: Tells from Slurm's memory why an earlier attempt ended (`Requeuer.explain`).
+
+        Raises:
+            StateError: The run is finished; or another job works on it; or it has given up, now or earlier: the message says
+                why and what clears it.
+        """
+        if not info.is_first:
+            return None
+        if self.is_finished:
+            raise StateError(
+                f"{self.path}: this run is finished; choose another run directory, or remove {self.path / 'finished'} "
+                "to train it further"
+            )
+        self._refuse_if_given_up()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.take(info, is_job_alive=is_job_alive)
+        try:
+            self._complete_earlier(start_step, explain)
+            attempts = self.attempts()
+            failures = failures_without_progress(self._since_cleared(), start_step)
+            if len(failures) > retries:
+                self._give_up(failures)
+                self._refuse_if_given_up()
+            number = attempts[-1].number + 1 if attempts else 1
+            self._append(
+                "begin",
+                attempt=number,
+                job_id=info.job_id,
+                restart_count=info.restart_count,
+                cluster=info.cluster,
+                nodes=list(info.nodes),
+                world_size=info.world_size,
+                first_step=start_step,
+            )
+            self._current = self.attempts()[-1]
+        except BaseException:
+            self._lock.release()
+            raise
+        return self._current
+
+    def note_step(self, step: int) -> None:
+        """Remember how far the attempt is; costs nothing, the heartbeat writes it down.
+
+        Raises:
+            StateError: Another attempt has taken the run over, so this one must not write any more.
+        """
+        self._lock.note_step(step)
+
+    def note_commit(self, step: int) -> None:
+        """Note that a checkpoint of `step` is committed; rank 0 only, others do nothing."""
+        if self._current is not None:
+            self._append("commit", attempt=self._current.number, step=step)
+            self._current = replace(self._current, committed_step=step)
+
+    def note_crash(self, info: RankInfo, error: BaseException, *, step: int | None = None) -> Path | None:
+        """Leave word of this rank's failure for whoever completes the journal. Any rank may; never raises.
+
+        Returns:
+            The file written; None where even that failed.
+        """
+        path = self._crash_folder(info.job_id, info.restart_count) / f"rank-{info.rank}.json"
+        words = {
+            "time": self._now_text(),
+            "rank": info.rank,
+            "node": info.node,
+            "step": step,
+            "message": f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS],
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomically(path, json.dumps(words))
+        except OSError as write_error:  # the disk may be what failed; the traceback in the log has to do
+            logger.warning("cannot note the crash of rank %d: %s", info.rank, write_error)
+            return None
+        return path
+
+    def crash_notes(self, job_id: str | None, restart_count: int) -> list[dict[str, Any]]:
+        """Return what the failing ranks of one attempt said, earliest first."""
+        notes = []
+        for path in self._crash_folder(job_id, restart_count).glob("rank-*.json"):
+            note = _read_json(path)
+            if note is not None:
+                notes.append(note)
+        return sorted(notes, key=lambda note: str(note.get("time", "")))
+
+    def claim_ending(self, info: RankInfo) -> bool:
+        """Become the one rank that ends this attempt after a crash; True for exactly one of those that ask."""
+        folder = self._crash_folder(info.job_id, info.restart_count)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(folder / "ending", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return False
+        except OSError as error:  # nowhere to write: better two requeues (the second is refused) than none
+            logger.warning("cannot settle which rank ends the attempt: %s", error)
+        return True
+
+    def write_ending(self, info: RankInfo, code: int) -> None:
+        """Tell the other ranks which exit code the attempt ends with; see `claim_ending`."""
+        try:
+            _write_atomically(self._crash_folder(info.job_id, info.restart_count) / "ending", str(code))
+        except OSError as error:
+            logger.warning("cannot tell the other ranks how the attempt ends: %s", error)
+
+    def read_ending(self, info: RankInfo) -> int | None:
+        """Return the exit code that the claiming rank has chosen; None while it has not."""
+        try:
+            text = (self._crash_folder(info.job_id, info.restart_count) / "ending").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        return int(text) if text.strip().isdecimal() else None
+
+    def end_attempt(
+        self,
+        reason: EndReason,
+        step: int | None,
+        *,
+        message: str = "",
+        committed_step: int | None = None,
+        failing_rank: int | None = None,
+        failing_node: str | None = None,
+    ) -> None:
+        """Note why the attempt ends and unlock the run; rank 0 only, others do nothing.
+
+        Args:
+            reason: Why.
+            step: Step it has reached.
+            message: In words, for people.
+            committed_step: Step of the newest checkpoint, where it is not the last one given to `note_commit`.
+            failing_rank: Rank that failed first.
+            failing_node: Its node.
+        """
+        current = self._current
+        if current is None:
+            return
+        committed = current.committed_step if committed_step is None else committed_step
+        self._append(
+            "end",
+            attempt=current.number,
+            reason=reason.value,
+            message=message[:_MESSAGE_CHARS],
+            step=step,
+            committed_step=committed,
+            seconds_lost=self._seconds_lost(current, committed, step, self._clock()),
+            failing_rank=failing_rank,
+            failing_node=failing_node,
+        )
+        self._current = None
+        self._lock.release()
+
+    def mark_finished(self, step: int) -> None:
+        """Note that the run has reached its end, at `step`; rank 0 only, others do nothing."""
+        if self._current is None:
+            return
+        _write_atomically(self.path / "finished", json.dumps({"step": step, "time": self._now_text()}) + "\n")
+        self.end_attempt(EndReason.FINISHED, step, committed_step=self._current.committed_step)
+
+    def may_retry(self, info: RankInfo, *, retries: int = 3) -> bool:
+        """Say whether one more failure, of the attempt `info` belongs to, still leaves a retry. Any rank may ask."""
+        attempts = self._since_cleared()
+        if not attempts or attempts[-1].job_id != info.job_id or attempts[-1].restart_count != info.restart_count:
+            # It failed before it had begun: count what is there, and this.
+            return len(failures_without_progress(attempts, None)) + 1 <= retries
+        failed = replace(attempts[-1], reason=EndReason.CRASHED)
+        return len(failures_without_progress([*attempts[:-1], failed], None)) <= retries
+
+    def give_up(self, message: str) -> None:
+        """Stop the run for good, until `clear_failures`; the reasons are those of its last attempts and `message`."""
+        self._give_up(failures_without_progress(self._since_cleared(), None), message)
+
+    def clear_failures(self) -> None:
+        """Let a run that has given up try again; its failures so far no longer count."""
+        self._append("cleared", by=getpass.getuser())
+        (self.path / "failed").unlink(missing_ok=True)
+
+    def _refuse_if_given_up(self) -> None:
+        reasons = self.failure
+        if reasons is not None:
+            raise StateError(
+                f"{self.path}: this run has given up:\n{reasons.rstrip()}\nWhen the cause is mended, remove "
+                f"{self.path / 'failed'} (`muster jobs clear`), and submit it again"
+            )
+
+    def _give_up(self, failures: Sequence[AttemptRecord], message: str = "") -> None:
+        lines = [f"{len(failures)} attempts in a row failed without a new checkpoint:"] if failures else []
+        lines += [f"  {describe_attempt(attempt)}" for attempt in failures]
+        _write_atomically(self.path / "failed", "\n".join([*lines, *([message] if message else [])]) + "\n")
+        logger.error("%s: given up; %s says why", self.path, self.path / "failed")
+
+    def _complete_earlier(self, start_step: int, explain: Callable[[AttemptRecord], Explanation | None] | None) -> None:
+        """Write the end of an attempt that could not do so itself."""
+        attempts = self.attempts()
+        if not attempts or attempts[-1].reason is not None:
+            return
+        earlier = attempts[-1]
+        notes = self.crash_notes(earlier.job_id, earlier.restart_count)
+        step, alive_s = self._last_sign(earlier)
+        reason, message, rank, node = EndReason.UNKNOWN, "killed without a word", None, None
+        told = explain(earlier) if explain is not None else None
+        if notes:
+            first = notes[0]
+            reason, message = EndReason.CRASHED, str(first.get("message", ""))
+            rank, node = first.get("rank"), first.get("node")
+            step = max(step, int(first.get("step") or 0))
+        elif told is not None:
+            reason, message = told
+        committed = max(earlier.committed_step or 0, start_step) or None
+        self._append(
+            "end",
+            time=_iso(alive_s),
+            attempt=earlier.number,
+            reason=reason.value,
+            message=message[:_MESSAGE_CHARS],
+            step=max(step, start_step) if committed else step,
+            committed_step=committed if (committed or 0) > earlier.first_step else earlier.committed_step,
+            seconds_lost=self._seconds_lost(earlier, committed, step, alive_s),
+            failing_rank=rank,
+            failing_node=node,
+            found_by_next=True,
+        )
+
+    def _last_sign(self, attempt: AttemptRecord) -> tuple[int, float]:
+        """Return the last step and time (seconds since 1970) that anything shows of an attempt."""
+        started_s = attempt.started.timestamp() if attempt.started is not None else self._clock()
+        step, alive_s = attempt.first_step, started_s
+        heartbeat = _read_json(self.path / "heartbeat.json") or {}
+        if heartbeat.get("attempt") == f"{attempt.job_id or 'local'}.{attempt.restart_count}":
+            step = max(step, int(heartbeat.get("step") or 0))
+            alive_s = max(alive_s, float(heartbeat.get("time_s") or 0.0))
+        metrics = self.path / "metrics.jsonl"
+        try:
+            written_s = metrics.stat().st_mtime
+        except OSError:
+            return step, alive_s
+        if written_s >= started_s:
+            last = _last_json_line(metrics)
+            step = max(step, int(last.get("step") or 0))
+            alive_s = max(alive_s, written_s)
+        return step, alive_s
+
+    def _seconds_lost(
+        self, attempt: AttemptRecord, committed: int | None, step: int | None, ended_s: float
+    ) -> float | None:
+        if committed is not None and step is not None and committed >= step:
+            return 0.0
+        since_s = attempt.started.timestamp() if attempt.started is not None else ended_s
+        for event in self._events():
+            if event["event"] == "commit" and event.get("attempt") == attempt.number:
+                since_s = max(since_s, _seconds(event.get("time")) or since_s)
+        return round(max(0.0, ended_s - since_s), 3)
+
+    def _since_cleared(self) -> list[AttemptRecord]:
+        events = self._events()
+        cleared = max((number for number, event in enumerate(events) if event["event"] == "cleared"), default=-1)
+        old = {event.get("attempt") for event in events[: cleared + 1]}
+        return [attempt for attempt in fold_events(events) if attempt.number not in old]
+
+    def _events(self) -> list[dict[str, Any]]:
+        try:
+            text = (self.path / "attempts.jsonl").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        return read_events(text)
+
+    def _append(self, event: str, **fields: Any) -> None:
+        """Append one line, whole or not at all as far as readers see: a torn line before it is closed off first."""
+        path = self.path / "attempts.jsonl"
+        line = json.dumps({"event": event, "time": self._now_text(), **fields}, ensure_ascii=False) + "\n"
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, (("\n" if torn else "") + line).encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _crash_folder(self, job_id: str | None, restart_count: int) -> Path:
+        return self.path / "crashes" / f"{job_id or 'local'}.{restart_count}"
+
+    def _now_text(self) -> str:
+        return _iso(self._clock())
+
+
+def read_events(text: str) -> list[dict[str, Any]]:
+    """Read the lines of a journal; a line that is no event (torn, or foreign) is left out."""
+    events = []
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            events.append(event)
+    return events
+
+
+def fold_events(events: Sequence[Mapping[str, Any]]) -> list[AttemptRecord]:
+    """Put the events of a journal together into attempts, oldest first."""
+    attempts: dict[int, AttemptRecord] = {}
+    for event in events:
+        number = event.get("attempt")
+        if not isinstance(number, int):
+            continue
+        if event["event"] == "begin":
+            attempts[number] = AttemptRecord(
+                number=number,
+                job_id=event.get("job_id"),
+                restart_count=int(event.get("restart_count") or 0),
+                cluster=event.get("cluster"),
+                nodes=tuple(event.get("nodes") or ()),
+                world_size=int(event.get("world_size") or 1),
+                started=_moment(event.get("time")),
+                first_step=int(event.get("first_step") or 0),
+            )
+        elif number in attempts and event["event"] == "commit":
+            step = event.get("step")
+            attempts[number] = replace(attempts[number], committed_step=step, last_step=step)
+        elif number in attempts and event["event"] == "end":
+            attempts[number] = replace(
+                attempts[number],
+                ended=_moment(event.get("time")),
+                reason=_reason(event.get("reason")),
+                message=str(event.get("message") or ""),
+                failing_rank=event.get("failing_rank"),
+                failing_node=event.get("failing_node"),
+                last_step=event.get("step") if event.get("step") is not None else attempts[number].last_step,
+                committed_step=event.get("committed_step"),
+                seconds_lost=event.get("seconds_lost"),
+            )
+    return [attempts[number] for number in sorted(attempts)]
+
+
+def failures_without_progress(attempts: Sequence[AttemptRecord], start_step: int | None) -> list[AttemptRecord]:
+    """Return the failed attempts since the last new checkpoint, oldest first.
+
+    Preemptions, time limits and the like in between neither count nor start the count again; only progress does.
+
+    Args:
+        attempts: Attempts, oldest first.
+        start_step: Step of the newest checkpoint now, where known: it shows progress of the last attempt that it could not
+            note down itself.
+    """
+    failures: list[AttemptRecord] = []
+    newest = start_step
+    for attempt in reversed(attempts):
+        progressed = attempt.made_progress or (newest is not None and newest > attempt.first_step)
+        if progressed:
+            break
+        newest = attempt.first_step
+        if attempt.reason is not None and attempt.reason.is_failure:
+            failures.append(attempt)
+    return failures[::-1]
+
+
+def describe_attempt(attempt: AttemptRecord) -> str:
+    """Say in one line how an attempt went."""
+    where = f" on {', '.join(attempt.nodes[:8])}{', ...' if len(attempt.nodes) > 8 else ''}" if attempt.nodes else ""
+    who = f" (job {attempt.job_id})" if attempt.job_id else ""
+    blame = ""
+    if attempt.failing_rank is not None:
+        blame = f"; rank {attempt.failing_rank} on {attempt.failing_node} failed first"
+    steps = f", steps {attempt.first_step} to {attempt.last_step}" if attempt.last_step is not None else ""
+    lost = f", {attempt.seconds_lost:.0f} s lost" if attempt.seconds_lost else ""
+    why = attempt.reason.value if attempt.reason is not None else "running"
+    return (
+        f"attempt {attempt.number}{who}{where}{steps}{lost}: {why}"
+        f"{': ' + attempt.message if attempt.message else ''}{blame}"
+    )
+
+
+def _reason(value: object) -> EndReason:
+    try:
+        return EndReason(value)
+    except ValueError:  # a later version's word
+        return EndReason.UNKNOWN
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _last_json_line(path: Path) -> dict[str, Any]:
+    """Return the last whole line of a file of JSON lines, {} where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _moment(text: object) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+
+
+def _seconds(text: object) -> float | None:
+    moment = _moment(text)
+    return None if moment is None else moment.timestamp()
