@@ -1,0 +1,210 @@
+"""Finding out about one job: its run directory, its log files, and everything around it that `jobs.why` explains it with."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.errors import MusterError, NotFoundError, OutsideError
+from cluster.slurm import SlurmClient
+from cluster.slurm_records import AccountingRecord, Job
+from jobs.journal import AttemptRecord, RunDirectory
+from jobs.run_folder import JOB_FILE, SLURM_FOLDER
+from jobs.why import Attempt, Scene, moment
+
+logger = logging.getLogger(__name__)
+
+JOB_ID = re.compile(r"(\d+)(?:_(\d+))?")
+_RECENT = timedelta(days=2)
+_SHOWN_IN_HINT = 5
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What is known of a job: slurmctld's view while it remembers it, and accounting's."""
+
+    id: str
+    """As the user wrote it, or the display id where a name was given."""
+    job: Job | None
+    records: tuple[AccountingRecord, ...]
+    """Whole attempts, oldest first; empty without accounting."""
+
+    @property
+    def run_directory(self) -> Path | None:
+        """The run directory of a job that Muster submitted; None for others, and where nobody remembers."""
+        script = self.job.command if self.job is not None else None
+        for text in (self.job.stdout if self.job is not None else None, script):
+            if text and Path(text).parent.name == SLURM_FOLDER and (Path(text).parent.parent / JOB_FILE).exists():
+                return self._element(Path(text).parent.parent)
+        number = self.id.partition("_")[0]
+        for base in self._places():
+            for path in base.glob(f"runs/*/{SLURM_FOLDER}/{number}_submission.sh"):
+                return self._element(path.parent.parent)
+        return None
+
+    def _places(self) -> list[Path]:
+        directories = [record.work_dir for record in self.records if record.work_dir]
+        return [Path(text) for text in dict.fromkeys(directories)] + [Path.cwd()]
+
+    def _element(self, run: Path) -> Path:
+        index = self.id.partition("_")[2]
+        return run / index if index and (run / index / JOB_FILE).exists() else run
+
+    def log_file(self, rank: int = 0) -> Path:
+        """Return the file that the task of this rank writes to.
+
+        Raises:
+            NotFoundError: Nobody knows where it is, or there is no such rank's file.
+        """
+        run = self.run_directory
+        if run is not None:
+            folder = run / SLURM_FOLDER if (run / SLURM_FOLDER).is_dir() else run.parent / SLURM_FOLDER
+            path = folder / f"{self.id}_{rank}_log.out"
+            if path.exists() or rank == 0:
+                return path
+            ranks = sorted(int(name.stem.split("_")[-2]) for name in folder.glob(f"{self.id}_*_log.out"))
+            known = f"ranks {ranks[0]} to {ranks[-1]} have" if ranks else "no rank has"
+            raise NotFoundError(f"--rank {rank}: {path} does not exist; {known} written a log so far")
+        if rank:
+            raise NotFoundError(
+                f"--rank {rank}: job {self.id} was not submitted by Muster, so all its ranks share one log"
+            )
+        if self.job is not None and self.job.stdout:
+            return Path(self.job.stdout)
+        for record in self.records:
+            path = Path(record.work_dir or ".") / f"slurm-{self.id}.out"
+            if path.exists():
+                return path
+        raise NotFoundError(
+            f"job {self.id}: Slurm no longer knows where its output went, and it is in no place known to Muster"
+        )
+
+
+def find_job(slurm: SlurmClient, wanted: str, *, user: str) -> Found:
+    """Find a job by its id (`12`, `12_3`), or the newest one by its name.
+
+    Raises:
+        NotFoundError: There is none; the message has the user's recent jobs.
+    """
+    job_id = wanted if JOB_ID.fullmatch(wanted) else _newest_of_name(slurm, wanted, user)
+    job: Job | None = None
+    if job_id is not None:
+        jobs = slurm.jobs(job_ids=[job_id])
+        exact = [candidate for candidate in jobs if job_id in {candidate.display_id, candidate.id}]
+        job = next(iter([*exact, *jobs]), None)
+        records = attempts_in_accounting(slurm, job_id)
+        if job is not None or records:
+            return Found(id=job_id if job is None else _id_of(job, job_id), job=job, records=tuple(records))
+    raise NotFoundError(f"job {wanted}: Slurm knows no such job; {_recent(slurm, user)}")
+
+
+def _id_of(job: Job, asked: str) -> str:
+    return job.display_id if job.array_task is None or job.array_task.isdigit() else asked
+
+
+def attempts_in_accounting(slurm: SlurmClient, job_id: str) -> list[AccountingRecord]:
+    """Return the job's attempts, oldest first; nothing where there is no accounting."""
+    try:
+        records = slurm.accounting(job_ids=[job_id])
+    except OutsideError as error:
+        logger.info("accounting: %s", error)
+        return []
+    return [record for record in records if record.step is None and job_id in {record.id, record.raw_id, record.job_id}]
+
+
+def _newest_of_name(slurm: SlurmClient, name: str, user: str) -> str | None:
+    jobs = [job for job in slurm.jobs() if job.name == name]
+    own = [job for job in jobs if job.user == user] or jobs
+    newest = max(own, key=lambda job: int(job.id) if job.id.isdecimal() else 0, default=None)
+    return None if newest is None else newest.display_id
+
+
+def _recent(slurm: SlurmClient, user: str) -> str:
+    now = datetime.now(timezone.utc)
+    jobs = [job for job in slurm.jobs() if job.user == user]
+    known = {job.display_id: f"{job.display_id} ({job.name}, {job.state.lower()})" for job in jobs}
+    try:
+        for record in slurm.accounting(users=[user], since=now - _RECENT):
+            if record.step is None:
+                known.setdefault(record.id, f"{record.id} ({record.name}, {record.state.lower()})")
+    except OutsideError as error:
+        logger.info("accounting: %s", error)
+    newest = sorted(known, key=lambda text: [int(number) for number in re.findall(r"\d+", text)])[-_SHOWN_IN_HINT:]
+    if not newest:
+        return f"{user} has had no jobs in the last {_RECENT.days} days; `muster jobs list --all` shows everybody's"
+    return f"your latest are {', '.join(known[number] for number in reversed(newest))}"
+
+
+def gather(slurm: SlurmClient, found: Found, *, now: datetime) -> Scene:
+    """Ask for everything that explains this job. What cannot be read is named in the scene and does not stop the rest."""
+    unread: list[str] = []
+
+    def ask(what: str, question: Callable[[], Sequence[ResultT]]) -> tuple[ResultT, ...]:
+        try:
+            return tuple(question())
+        except MusterError as error:
+            unread.append(f"{what} ({str(error).splitlines()[0]})")
+            return ()
+
+    job = found.job
+    waiting = job is not None and job.is_pending
+    start = None
+    if job is not None and waiting:
+        raw = job.id
+        start = next(iter(ask("the expected start", lambda: [slurm.expected_start(raw)])), None)
+    return Scene(
+        now=now,
+        job=job,
+        records=found.records,
+        jobs=ask("other jobs", slurm.jobs) if waiting else (),
+        nodes=ask("nodes", slurm.nodes) if waiting else (),
+        partitions=ask("queues", slurm.partitions) if waiting else (),
+        priorities=ask("priorities", lambda: slurm.priorities([job.id])) if job is not None and waiting else (),
+        expected_start=start,
+        attempts=tuple(journal_attempts(found.run_directory, found.id)),
+        unread=tuple(unread),
+    )
+
+
+def journal_attempts(run: Path | None, job_id: str) -> list[Attempt]:
+    """Return what the run's own journal says about the attempts of this job; nothing where it keeps none.
+
+    A run may have been worked on by several jobs, one after the other; element 3 of array 12 has a raw id of its own, so an
+    array's journal is taken whole.
+    """
+    if run is None:
+        return []
+    records = RunDirectory(run).attempts()
+    own = [record for record in records if "_" in job_id or record.job_id in {None, job_id}]
+    return [_as_attempt(record) for record in own]
+
+
+def _as_attempt(record: AttemptRecord) -> Attempt:
+    steps = f"steps {record.first_step} to {record.last_step}" if record.last_step else ""
+    lost = (
+        f"{record.seconds_lost:.0f} s lost" if record.seconds_lost else "nothing lost" if steps and record.ended else ""
+    )
+    outcome = "" if record.reason is None else record.reason.value
+    if record.message:
+        outcome += f" ({record.message})"
+    if record.failing_rank is not None:
+        outcome += f"; rank {record.failing_rank} on {record.failing_node} failed first"
+    return Attempt(
+        number=record.number,
+        started=record.started,
+        ended=record.ended,
+        outcome=outcome,
+        nodes=record.nodes,
+        detail=", ".join(part for part in (steps, lost) if part),
+    )
+
+
+def describe_time(when: datetime | None, now: datetime) -> str:
+    """Write a time for a table; nothing where it is not known."""
+    return "" if when is None else moment(when, now).removeprefix("at ")
