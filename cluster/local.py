@@ -8,21 +8,21 @@ machine was rebooted, is seen as what it is.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pwd
 import shutil
 import signal
-import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.errors import CommandError, MissingError, MusterError, NotFoundError, OutsideError, StateError
-from cluster.local_daemons import Daemons, slurm_version, tail_of_log
+from pydantic import TypeAdapter, ValidationError
+
+from cluster.errors import InputError, MissingError, NotFoundError, StateError
 from cluster.local_layout import (
+    SYSTEM_ROOT,
     Layout,
     LocalState,
     list_layouts,
@@ -30,33 +30,14 @@ from cluster.local_layout import (
     read_description,
     read_state,
     state_root,
-    write_file,
 )
 from cluster.local_node import Nodes
-from cluster.local_ports import LOOPBACK, held_ports
-from cluster.local_processes import ProcessTable, wait_until
-from cluster.render import SlurmSite, accounting_plan, render_slurm
-from cluster.settings import ClusterSpec
-from cluster.shell import LocalShell, Shell, find_program
-from cluster.yamlfile import dump_yaml
+from cluster.local_processes import ProcessTable
+from cluster.local_start import Progress, Start, node_states
+from cluster.settings import ClusterSpec, Name
+from cluster.shell import LocalShell, Shell
 
-_COMMAND_S = 60.0
-_REGISTER_S = 120.0
-_NODES_AT_ONCE = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One finished step of `up`."""
-
-    name: str
-    seconds: float
-    done: int = 1
-    total: int = 1
-    """Several for steps that are done once a node."""
-
-
-Progress = Callable[[Step], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +55,7 @@ class NodeStatus:
     """One node of a cluster."""
 
     name: str
+    port: int
     powered: bool
     slurmd_pid: int | None
     slurm_state: str
@@ -100,7 +82,11 @@ class LocalCluster:
     def __init__(
         self, name: str, *, root: Path | None = None, shell: Shell | None = None, processes: ProcessTable | None = None
     ) -> None:
-        self.name = name
+        try:
+            self.name = TypeAdapter(Name).validate_python(name)
+        except ValidationError as error:
+            reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise InputError(f"cluster name {name!r}: {reason}") from error
         self.layout = Layout((root or state_root()) / name)
         self._shell = shell or LocalShell()
         self._processes = processes or ProcessTable()
@@ -110,8 +96,8 @@ class LocalCluster:
     def up(self, spec: ClusterSpec, progress: Progress | None = None) -> None:
         """Start every daemon and wait until all nodes are idle.
 
-        What an interrupted earlier run left behind is removed first. Whatever goes wrong, Ctrl-C included, everything that has been
-        started is ended again; the logs stay.
+        What an interrupted earlier run left behind is removed first. Whatever goes wrong, Ctrl-C included, everything
+        that has been started is ended again; the logs stay.
 
         Args:
             spec: The cluster. It takes this cluster's name.
@@ -124,16 +110,17 @@ class LocalCluster:
             OutsideError: A daemon did not start; the message holds the end of its log.
         """
         spec = spec.model_copy(update={"name": self.name})
-        report = progress or (lambda _step: None)
         self.layout.check(spec)
-        version = slurm_version(self._shell)
-        nodes = Nodes(self.layout, spec, self._shell, self._processes)
-        nodes.check_namespaces()
+        start = Start(self.layout, spec, self._shell, self._processes, progress or (lambda _step: None))
+        start.check()
         with locked(self.layout.directory):
             self._refuse_if_alive()
+            if self._processes.find(self.layout.directory) or self.layout.state_file.exists():
+                logger.warning("cluster %s: an earlier run was cut off; removing what it left", self.name)
+            self._end_processes()
             self._clear()
             try:
-                self._start(spec, version, nodes, report)
+                start.run(avoid_ports=self._ports_of_others())
             except BaseException:
                 self._end_processes()
                 self._clear(keep_logs=True)
@@ -153,7 +140,8 @@ class LocalCluster:
             raise self._not_found()
         self._check_owner()
         with locked(self.layout.directory):
-            self._end_processes()
+            if not self.layout.strangers():
+                self._end_processes()
             self._clear(keep_logs=keep_logs)
             if not keep_logs:
                 self.layout.directory.rmdir()
@@ -183,15 +171,16 @@ class LocalCluster:
             DaemonStatus(name=name, pid=pids.get((name, None)), port=port)
             for name, port in _expected_daemons(spec, recorded)
         )
-        states = self._node_states() if pids.get(("slurmctld", None)) else {}
+        states = node_states(self._shell, self.environment()) if pids.get(("slurmctld", None)) else {}
         nodes = tuple(
             NodeStatus(
                 name=name,
+                port=recorded.first_node_port + number,
                 powered=("init", name) in pids,
                 slurmd_pid=pids.get(("slurmd", name)),
                 slurm_state=states.get(name, "unknown"),
             )
-            for name, _ in spec.nodes()
+            for number, (name, _) in enumerate(spec.nodes())
         )
         whole = all(daemon.pid for daemon in daemons) and all(node.slurmd_pid for node in nodes)
         return LocalStatus(
@@ -209,6 +198,10 @@ class LocalCluster:
             daemons=daemons,
             nodes=nodes,
         )
+
+    def is_mine(self) -> bool:
+        """Whether this user started it, and so may end it."""
+        return self.layout.directory.stat().st_uid == os.geteuid()
 
     def environment(self) -> dict[str, str]:
         """Return the variables with which Slurm's and Muster's commands talk to this cluster.
@@ -238,132 +231,6 @@ class LocalCluster:
         """Boot a node that is off. It registers with the controller as rebooted."""
         self._nodes().power_on(node, rebooted=True)
 
-    # ---- the way up
-
-    def _start(self, spec: ClusterSpec, version: tuple[int, int], nodes: Nodes, report: Progress) -> None:
-        layout = self.layout
-        num_nodes = sum(pool.nodes for pool in spec.pools)
-        with contextlib.ExitStack() as ports:
-            # One search at a time under this root, so that two clusters on their way up see each other's choice.
-            with locked(layout.directory.parent):
-                first = ports.enter_context(held_ports(2 + num_nodes, avoid=self._ports_of_others()))
-                state = LocalState(
-                    name=self.name, phase="starting", owner=pwd.getpwuid(os.geteuid()).pw_name, started_at=time.time(),
-                    controller_port=first, database_daemon_port=first + 1, first_node_port=first + 2, num_nodes=num_nodes,
-                )  # fmt: skip
-                state.write(layout.state_file)
-            with _timed("files", report):
-                self._write_files(spec, version, state)
-                nodes.prepare()
-            self._start_daemons(spec, state, nodes, report)
-        with _timed("nodes idle", report):
-            self._wait_for_nodes(num_nodes)
-        LocalState(**{**state.__dict__, "phase": "up"}).write(layout.state_file)
-
-    def _write_files(self, spec: ClusterSpec, version: tuple[int, int], state: LocalState) -> None:
-        layout = self.layout
-        for directory, mode in (
-            (layout.configuration, 0o755), (layout.logs, 0o755), (layout.run, 0o755), (layout.munge_socket.parent, 0o755),
-            (layout.munge_key.parent, 0o700), (layout.directory / "slurmctld", 0o700), (layout.database, 0o700), (layout.database / "data", 0o700),
-        ):  # fmt: skip
-            directory.mkdir(exist_ok=True)
-            directory.chmod(mode)
-        write_file(layout.description, dump_yaml(spec.model_dump(mode="json", exclude_defaults=True)))
-        for name, text in render_slurm(spec, self._site(version, state)).items():
-            write_file(layout.configuration / name, text, mode=0o600 if name == "slurmdbd.conf" else 0o644)
-
-    def _site(self, version: tuple[int, int], state: LocalState) -> SlurmSite:
-        layout = self.layout
-        return SlurmSite(
-            version=version,
-            controller_host=socket.gethostname().partition(".")[0],
-            controller_address=LOOPBACK,
-            controller_port=state.controller_port,
-            node_address=LOOPBACK,
-            first_node_port=state.first_node_port,
-            database_daemon_host="localhost",
-            database_daemon_address=LOOPBACK,
-            database_daemon_port=state.database_daemon_port,
-            slurm_user=state.owner,
-            slurmd_user=state.owner,
-            state_directory=layout.directory / "slurmctld",
-            spool_directory=f"{layout.directory}/spool/%n",
-            log_directory=layout.logs,
-            run_directory=layout.run,
-            munge_socket=layout.munge_socket,
-            gpu_device=str(layout.gpu_device),
-            loopback_only=True,
-            several_slurmd_per_machine=True,
-            simulated_hardware=True,
-            # Each node is spoken to directly: a powered-off node would otherwise hold up the ones behind it.
-            tree_width=65_533,
-            process_tracking="proctrack/linuxproc",
-            task_plugin="task/none",
-            job_accounting="jobacct_gather/linux",
-            return_to_service=2,
-            parameters={
-                "MailProg": "/bin/true",  # no job of a simulated cluster writes mail
-                "MessageTimeout": "30",  # a loaded machine of two cores answers late
-            },
-        )
-
-    def _start_daemons(self, spec: ClusterSpec, state: LocalState, nodes: Nodes, report: Progress) -> None:
-        daemons = Daemons(self.layout, self._shell, self._processes)
-        plan = accounting_plan(spec, [state.owner, *filter(None, [os.environ.get("SUDO_USER")])])
-        with _timed("munged", report):
-            daemons.start_munged()
-        with ThreadPoolExecutor(max_workers=_NODES_AT_ONCE) as pool:
-            if spec.accounting.enabled:
-                with _timed("mariadbd", report):
-                    daemons.start_mariadbd()
-                with _timed("slurmdbd", report):
-                    daemons.start_slurmdbd(state)
-                with _timed("accounts", report):
-                    self._sacctmgr(plan.before_controller)
-            with _timed("slurmctld", report):
-                daemons.start_slurmctld(state)
-            names = [name for name, _ in spec.nodes()]
-            started = time.monotonic()
-            for done, _ in enumerate(pool.map(nodes.power_on, names), start=1):
-                report(Step(name="slurmd", seconds=time.monotonic() - started, done=done, total=len(names)))
-            if spec.accounting.enabled:
-                with _timed("limits", report):
-                    self._sacctmgr(plan.after_controller)
-
-    def _sacctmgr(self, calls: Sequence[Sequence[str]]) -> None:
-        for arguments in calls:
-            result = self._shell.run(
-                [find_program("sacctmgr"), "-i", *arguments], timeout_s=_COMMAND_S, env=self.environment(), check=False
-            )
-            printed = (result.stderr + result.stdout).strip()
-            if result.returncode != 0 and "Nothing new added" not in printed and "already exist" not in printed:
-                raise OutsideError(f"sacctmgr {' '.join(arguments)}: {printed}{tail_of_log(self.layout, 'slurmdbd')}")
-
-    def _wait_for_nodes(self, num_nodes: int) -> None:
-        def all_idle() -> bool:
-            states = self._node_states()
-            return len(states) == num_nodes and all(state == "idle" for state in states.values())
-
-        if not wait_until(all_idle, deadline_s=_REGISTER_S, interval_s=0.1):
-            states = self._node_states()
-            late = [f"{node} is {state}" for node, state in states.items() if state != "idle"] or [
-                "slurmctld does not answer"
-            ]
-            raise OutsideError(
-                f"not every node was idle after {_REGISTER_S:g} s: {', '.join(late[:8])}{tail_of_log(self.layout, 'slurmctld')}"
-            )
-
-    def _node_states(self) -> dict[str, str]:
-        try:
-            printed = self._shell.run(
-                [find_program("sinfo"), "--noheader", "--Node", "--format=%N %T"],
-                timeout_s=_COMMAND_S,
-                env=self.environment(),
-            ).stdout
-        except (CommandError, MusterError):
-            return {}
-        return dict(line.split(maxsplit=1) for line in printed.splitlines() if " " in line)
-
     # ---- helpers
 
     def _nodes(self) -> Nodes:
@@ -386,20 +253,23 @@ class LocalCluster:
         )
 
     def _end_processes(self) -> None:
-        """End what runs: the nodes first, since their slurmd would log the others' end; then the daemons that may close their files."""
-        directory = self.layout.directory
-        while running := self._processes.find(directory):
-            nodes = [process for process in running if process.node is not None]
-            if nodes:
-                self._processes.end(nodes, directory)
-                continue
-            for role in ("slurmctld", "slurmdbd"):
-                self._processes.end(
-                    [p for p in running if p.role == role], directory, signal_number=signal.SIGTERM, deadline_s=3.0
-                )
-            self._processes.end([p for p in running if p.role not in ("slurmctld", "slurmdbd")], directory)
+        """Kill what runs, until nothing new appears: a process may have been on its way to start another."""
+        while running := self._processes.find(self.layout.directory):
+            # Nothing is asked to end in good order: all that they could save is about to be removed.
+            self._processes.end(running, self.layout.directory)
 
     def _clear(self, *, keep_logs: bool = False) -> None:
+        """Remove the cluster's files.
+
+        Raises:
+            StateError: The directory holds what no cluster has: a MUSTER_LOCAL_ROOT that points at somebody's data.
+        """
+        strangers = self.layout.strangers()
+        if strangers:
+            raise StateError(
+                f"{self.layout.directory}: holds {', '.join(strangers[:5])}, which is no cluster's; nothing has been removed. "
+                "Choose another --name, or another MUSTER_LOCAL_ROOT"
+            )
         for entry in list(self.layout.directory.iterdir()):
             if keep_logs and entry == self.layout.logs:
                 continue
@@ -425,16 +295,46 @@ class LocalCluster:
         return NotFoundError(f"{self.name}: no cluster of this name under {self.layout.directory.parent}; {there}")
 
 
+def find_cluster(name: str | None, environment: Mapping[str, str] | None = None) -> LocalCluster:
+    """Return the cluster that a command means.
+
+    The one of that name; without a name the one that MUSTER_CLUSTER points to (`muster local env` sets it), or else the only one.
+    A cluster that root started is found too.
+
+    Raises:
+        NotFoundError: There is none, or none of that name.
+        StateError: There are several and none was named.
+    """
+    variables = os.environ if environment is None else environment
+    chosen = variables.get("MUSTER_CLUSTER")
+    if name is None and chosen and Layout(Path(chosen).parent).state_file.is_file():
+        return LocalCluster(Path(chosen).parent.name, root=Path(chosen).parent.parent)
+    clusters = list_clusters(variables)
+    if name is not None:
+        found = [cluster for cluster in clusters if cluster.name == name]
+        if not found:
+            LocalCluster(name, root=state_root(variables)).status()  # raises, with the names that there are
+        return found[0]
+    if not clusters:
+        raise NotFoundError(f"no cluster on this machine (looked in {state_root(variables)}); muster local up starts one")
+    if len(clusters) > 1:
+        names = ", ".join(cluster.name for cluster in clusters)
+        raise StateError(f"several clusters are here: {names}; say which one with --name")
+    return clusters[0]
+
+
+def list_clusters(environment: Mapping[str, str] | None = None) -> list[LocalCluster]:
+    """Return the clusters of this user and those that root started for everybody, this user's first."""
+    variables = os.environ if environment is None else environment
+    roots = [state_root(variables)]
+    if not variables.get("MUSTER_LOCAL_ROOT") and SYSTEM_ROOT not in roots:
+        roots.append(SYSTEM_ROOT)
+    return [LocalCluster(layout.name, root=root) for root in roots for layout in list_layouts(root)]
+
+
 def _expected_daemons(spec: ClusterSpec, state: LocalState) -> Iterator[tuple[str, int | None]]:
     yield "munged", None
     if spec.accounting.enabled:
         yield "mariadbd", None
         yield "slurmdbd", state.database_daemon_port
     yield "slurmctld", state.controller_port
-
-
-@contextlib.contextmanager
-def _timed(name: str, report: Progress) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    report(Step(name=name, seconds=time.monotonic() - started))

@@ -86,7 +86,7 @@ class Daemons:
                 "--innodb-flush-log-at-trx-commit=0",
                 "--skip-innodb-doublewrite",
                 "--innodb-buffer-pool-size=64M",
-                "--innodb-log-file-size=16M",
+                "--innodb-log-file-size=4M",
                 "--innodb-data-file-path=ibdata1:1M:autoextend",
                 "--innodb-temp-data-file-path=ibtmp1:1M:autoextend",
                 "--innodb-lock-wait-timeout=900",

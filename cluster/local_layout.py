@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from cluster.errors import InputError, MissingError, StateError
-from cluster.settings import ClusterSpec, load_spec
+from cluster.settings import ClusterSpec, Name, load_spec
 
 SYSTEM_ROOT = Path("/var/lib/muster/local")
 """Where root's clusters live. Everybody may read there, so that other users' jobs can reach a cluster that root started."""
@@ -77,6 +79,26 @@ class Layout:
         return self.directory / "run"
 
     @property
+    def controller_state(self) -> Path:
+        """Slurmctld's StateSaveLocation."""
+        return self.directory / "slurmctld"
+
+    @property
+    def spool(self) -> Path:
+        """Directory of each node's SlurmdSpoolDir."""
+        return self.directory / "spool"
+
+    @property
+    def nodes(self) -> Path:
+        """Directory of what only one node sees."""
+        return self.directory / "nodes"
+
+    @property
+    def node_script(self) -> Path:
+        """What runs as PID 1 of each node."""
+        return self.directory / "node.sh"
+
+    @property
     def munge_key(self) -> Path:
         """This cluster's own key."""
         return self.directory / "secrets" / "munge.key"
@@ -111,6 +133,17 @@ class Layout:
         """See `LocalState`."""
         return self.directory / "state.json"
 
+    def strangers(self) -> list[str]:
+        """Return the names of entries that no cluster makes. Where there are some, the directory is not ours to empty."""
+        ours = {
+            *(path.name for path in (self.configuration, self.logs, self.run, self.controller_state, self.spool, self.nodes)),
+            *(path.name for path in (self.node_script, self.description, self.hosts, self.state_file, self.database)),
+            *(path.parent.name for path in (self.munge_key, self.munge_socket, self.gpu_device)),
+        }
+        return sorted(
+            entry.name for entry in self.directory.iterdir() if entry.name.removeprefix(".").removesuffix(".new") not in ours
+        )
+
     def check(self, spec: ClusterSpec) -> None:
         """Check that Slurm can work with these paths.
 
@@ -123,7 +156,7 @@ class Layout:
                 "set MUSTER_LOCAL_ROOT to another directory"
             )
         longest_node = max((name for name, _ in spec.nodes()), key=len)
-        longest = self.directory / "spool" / longest_node / f"{longest_node}{_LONGEST_STEP_SUFFIX}"
+        longest = self.spool / longest_node / f"{longest_node}{_LONGEST_STEP_SUFFIX}"
         for path in (longest, self.munge_socket, self.database_socket):
             if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
                 raise InputError(
@@ -174,7 +207,8 @@ def read_description(layout: Layout) -> ClusterSpec | None:
 def list_layouts(root: Path) -> list[Layout]:
     """Return every cluster that has a directory under `root`, up or not, by name."""
     try:
-        return [Layout(entry) for entry in sorted(root.iterdir()) if entry.is_dir()]
+        layouts = [Layout(entry) for entry in sorted(root.iterdir()) if entry.is_dir() and _is_name(entry.name)]
+        return [layout for layout in layouts if not layout.strangers()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except PermissionError as error:
@@ -190,6 +224,12 @@ def write_file(path: Path, text: str, *, mode: int = 0o644) -> None:
         file.write(text)
         os.fchmod(file.fileno(), mode)
     beside.rename(path)
+
+
+def make_directory(directory: Path, mode: int) -> None:
+    """Make a directory that has `mode` whatever the umask is."""
+    directory.mkdir()
+    directory.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -227,6 +267,14 @@ def locked(directory: Path, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
+
+
+def _is_name(text: str) -> bool:
+    try:
+        TypeAdapter(Name).validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def _lock_until(descriptor: int, deadline: float) -> bool:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import importlib.resources
 import os
 import signal
+import time
 from pathlib import Path
 
 from cluster.errors import CommandError, MissingError, NotFoundError, OutsideError, StateError
 from cluster.local_daemons import tail_of_log
-from cluster.local_layout import Layout, write_file
-from cluster.local_processes import ClusterProcess, ProcessTable, wait_until
+from cluster.local_layout import Layout, make_directory, write_file
+from cluster.local_processes import ClusterProcess, ProcessTable
 from cluster.settings import ClusterSpec
 from cluster.shell import Shell, find_program
 
 _START_S = 60.0
+_LOOK_EVERY_S = 0.5
 
 
 class Nodes:
@@ -37,14 +39,15 @@ class Nodes:
         """Write what every node needs: its boot script, the names of all nodes, and the device files of the GPUs."""
         layout = self._layout
         script = importlib.resources.files("templates").joinpath("local", "node.sh").read_text(encoding="utf-8")
-        write_file(layout.directory / "node.sh", script)
+        write_file(layout.node_script, script)
         write_file(layout.hosts, _hosts(self._names))
+        make_directory(layout.spool, 0o755)
+        make_directory(layout.nodes, 0o755)
         for name in self._names:
-            (layout.directory / "spool" / name).mkdir(parents=True)
-            scratch = layout.directory / "nodes" / name / "scratch"
-            scratch.mkdir(parents=True)
-            scratch.chmod(0o1777)
-        layout.gpu_device.parent.mkdir()
+            make_directory(layout.spool / name, 0o755)
+            make_directory(layout.nodes / name, 0o755)
+            make_directory(layout.nodes / name / "scratch", 0o1777)
+        make_directory(layout.gpu_device.parent, 0o755)
         for number in range(max(pool.gpus_per_node for pool in self._spec.pools)):
             # Slurm insists on character devices and follows links; making real ones takes root, and containers forbid even that.
             Path(f"{layout.gpu_device}{number}").symlink_to("/dev/null")
@@ -97,17 +100,14 @@ class Nodes:
         flag = "-b" if rebooted else ""
         self._shell.run(
             [
-                find_program("setsid"), "--fork", "sh", str(layout.directory / "node.sh"), "boot", node, str(layout.directory),
+                find_program("setsid"), "--fork", "sh", str(layout.node_script), "boot", node, str(layout.directory),
                 str(self._spec.storage.scratch), flag, *_unshare_options(),
             ],
             timeout_s=_START_S,
             env=_node_environment(),
             cwd=layout.directory,
         )  # fmt: skip
-        pid_file = self._pid_file(node)
-        wait_until(lambda: pid_file.exists() or not self._is_booting(node), deadline_s=_START_S)
-        if not self._find("slurmd", node):
-            self._fail_to_start(node)
+        self._wait_for_slurmd(node)
 
     def power_off(self, node: str) -> None:
         """Kill everything on a node at once, as a power cut does. Nothing happens if it is off."""
@@ -142,16 +142,13 @@ class Nodes:
         enter = [find_program("nsenter"), f"--target={init.pid}", *namespaces, "--mount", "--uts", "--pid"]
         try:
             self._shell.run(
-                [*enter, "sh", str(layout.directory / "node.sh"), "slurmd", node, str(layout.directory)],
+                [*enter, "sh", str(layout.node_script), "slurmd", node, str(layout.directory)],
                 timeout_s=_START_S,
                 env=_node_environment(),
             )
         except CommandError as error:
             raise OutsideError(f"{error}{tail_of_log(layout, f'slurmd-{node}')}") from error
-        pid_file = self._pid_file(node)
-        wait_until(lambda: pid_file.exists() or self._find("slurmd", node) is None, deadline_s=_START_S)
-        if not self._find("slurmd", node):
-            self._fail_to_start(node)
+        self._wait_for_slurmd(node)
 
     def stop_slurmd(self, node: str, signal_number: int = signal.SIGTERM) -> None:
         """End a node's slurmd and wait until it is gone. The node and its jobs' processes live on.
@@ -181,15 +178,21 @@ class Nodes:
         # The oldest one: slurmd forks, and a child that is about to become a slurmstepd still carries slurmd's command line.
         return next((process for process in self._of(node) if process.role == role), None)
 
-    def _is_booting(self, node: str) -> bool:
-        return bool(self._of(node))
+    def _wait_for_slurmd(self, node: str) -> None:
+        """Wait for the pid file that slurmd writes once it listens; look for its death less often, as that reads all of /proc."""
+        deadline = time.monotonic() + _START_S
+        next_look = time.monotonic() + _LOOK_EVERY_S
+        while not self._pid_file(node).exists():
+            now = time.monotonic()
+            if now > deadline or (now > next_look and not self._of(node)):
+                logs = tail_of_log(self._layout, f"slurmd-{node}") + tail_of_log(self._layout, f"node-{node}")
+                raise OutsideError(f"slurmd of {node} did not start{logs}")
+            if now > next_look:
+                next_look = now + _LOOK_EVERY_S
+            time.sleep(0.01)
 
     def _pid_file(self, node: str) -> Path:
         return self._layout.run / f"slurmd-{node}.pid"
-
-    def _fail_to_start(self, node: str) -> None:
-        logs = tail_of_log(self._layout, f"slurmd-{node}") + tail_of_log(self._layout, f"node-{node}")
-        raise OutsideError(f"slurmd of {node} did not start{logs}")
 
 
 def _unshare_options() -> list[str]:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from cluster.errors import MissingError, OutsideError
 
-_PROGRAMS = frozenset(
-    {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "unshare", "nsenter", "setsid", "setpriv", "sh"}
-)
+DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd")
+_PROGRAMS = frozenset({*DAEMONS, "unshare", "nsenter", "setsid", "setpriv", "sh"})
+_SCRIPT_DAEMON = ": slurmscriptd"  # slurmctld's helper since 21.08; what comes before depends on the build
 _NODE_SCRIPT = "node.sh"
 
 
@@ -103,15 +103,12 @@ class ProcessTable:
         return descriptor if self._identify(process.pid, directory) == process else None
 
     def _identify(self, pid: int, directory: Path) -> ClusterProcess | None:
+        folder = self._proc / str(pid)
         try:
-            arguments = (self._proc / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            if (
-                not arguments
-                or os.path.basename(arguments[0]) not in _PROGRAMS
-                or not _names_path_in(arguments, str(directory))
-            ):
+            arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            if not arguments or not self._is_ours(folder, arguments, directory):
                 return None
-            stat = (self._proc / str(pid) / "stat").read_text(errors="replace")
+            stat = (folder / "stat").read_text(errors="replace")
         except OSError:
             return None  # it ended while we looked
         # The second field, the program's name in parentheses, may itself hold spaces and parentheses (proc(5)).
@@ -120,6 +117,13 @@ class ProcessTable:
             return None
         role, node = _role(arguments)
         return ClusterProcess(pid=pid, role=role, node=node, start_ticks=int(fields[19]))
+
+    def _is_ours(self, folder: Path, arguments: list[str], directory: Path) -> bool:
+        if arguments[0].endswith(_SCRIPT_DAEMON):
+            # It overwrites its command line, but works, like slurmctld itself, in the directory of its log.
+            return str((folder / "cwd").readlink()).startswith(f"{directory}/")
+        pattern = re.compile(rf"(?:^|=){re.escape(str(directory))}(?:/|$)")
+        return Path(arguments[0]).name in _PROGRAMS and any(pattern.search(argument) for argument in arguments)
 
 
 def wait_until(condition: Callable[[], bool], *, deadline_s: float, interval_s: float = 0.02) -> bool:
@@ -144,19 +148,15 @@ def _signal(descriptor: int, process: ClusterProcess, signal_number: int) -> boo
     return True
 
 
-def _names_path_in(arguments: list[str], directory: str) -> bool:
-    pattern = re.compile(rf"(?:^|=){re.escape(directory)}(?:/|$)")
-    return any(pattern.search(argument) for argument in arguments)
-
-
 def _role(arguments: list[str]) -> tuple[str, str | None]:
-    program = os.path.basename(arguments[0])
+    program = Path(arguments[0]).name
     scripts = [number for number, argument in enumerate(arguments) if argument.endswith(f"/{_NODE_SCRIPT}")]
     if scripts:
-        action, node = (arguments[scripts[0] + 1 :] + ["", ""])[:2]
+        action, node = [*arguments[scripts[0] + 1 :], "", ""][:2]
         return ("init" if program == "sh" and action == "init" else "helper"), node or None
-    node = arguments[arguments.index("-N") + 1] if "-N" in arguments[:-1] else None
-    return (program if program in ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd") else "helper"), node
+    return (program if program in DAEMONS else "helper"), (
+        arguments[arguments.index("-N") + 1] if "-N" in arguments[:-1] else None
+    )
 
 
 def _wait_for_exits(left: dict[int, ClusterProcess], deadline_s: float) -> None:

@@ -112,21 +112,27 @@ def render_slurm(spec: ClusterSpec, site: SlurmSite) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AccountingCall:
+    """One thing that the accounting database must hold, as argument lists for `sacctmgr`, without the program's name."""
+
+    add: tuple[str, ...]
+    """Adds it with all its values. If it is there already, sacctmgr ends with status 1 and says that nothing new was added."""
+    modify: tuple[str, ...] = ()
+    """Sets its values where it was there already, so that a changed description is taken over; empty if it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AccountingPlan:
-    """The `sacctmgr` calls, as argument lists without the program's name, that give the database what a description says.
+    """What the accounting database must hold for a cluster. Nothing is ever deleted."""
 
-    Each call may be repeated: adding what is there already changes nothing (sacctmgr ends with status 1 then, and says "Nothing new
-    added" or "already exists"), and limits are set by `modify`, so that a changed description is taken over. Nothing is ever deleted.
-    """
-
-    before_controller: tuple[tuple[str, ...], ...]
-    """To be run before slurmctld starts: it refuses a partition whose QOS does not exist."""
-    after_controller: tuple[tuple[str, ...], ...]
-    """To be run once slurmctld has registered: before that the database knows no `gres/gpu` that could be limited."""
+    before_controller: tuple[AccountingCall, ...]
+    """For before slurmctld starts, which refuses a partition whose QOS does not exist. Independent of each other."""
+    after_controller: tuple[AccountingCall, ...]
+    """In order, once slurmctld has registered: before that the database knows no `gres/gpu` that could be limited."""
 
 
 def accounting_plan(spec: ClusterSpec, users: Iterable[str] = ()) -> AccountingPlan:
-    """Plan the accounting database: a QOS for each queue, an account for each project.
+    """Plan the accounting database: a QOS for each queue, an account for each project, an association for each member.
 
     A project's `budget_gpu_hours` is no Slurm limit here: over budget the low queue must remain open, which GrpTRESMins of an
     account cannot say.
@@ -138,45 +144,29 @@ def accounting_plan(spec: ClusterSpec, users: Iterable[str] = ()) -> AccountingP
     if not spec.accounting.enabled:
         return AccountingPlan(before_controller=(), after_controller=())
     scope = f"Cluster={spec.name}"
-    before: list[tuple[str, ...]] = [("add", "cluster", spec.name)]
-    after: list[tuple[str, ...]] = []
+    before = [AccountingCall(add=("add", "cluster", spec.name))]
     for queue in spec.queues:
-        before.append(("add", "qos", queue.name))
         exempt_s = _whole_seconds(queue.minimum_run)
-        before.append(
-            (
-                "modify",
-                "qos",
-                queue.name,
-                "set",
-                f"PreemptExemptTime={exempt_s or -1}",
-                f"Description={queue.name} queue",
-            )
-        )
+        exempt = f"PreemptExemptTime={slurm_time(timedelta(seconds=exempt_s))}" if exempt_s else "PreemptExemptTime=-1"
+        values = (exempt, f"Description=queue {queue.name}")
+        before.append(AccountingCall(add=("add", "qos", queue.name, *values), modify=("modify", "qos", queue.name, "set", *values)))
+    after = []
     everyone = list(users)
     for project in spec.projects or (EVERYONE,):
-        before.append(
-            (
-                "add",
-                "account",
-                project.name,
-                scope,
-                f"Description={project.description or project.name}",
-                f"Organization={spec.name}",
-            )
-        )
+        names = (f"Description={project.description or project.name}", f"Organization={spec.name}")
+        limits = _limits(spec, project)
+        add = ("add", "account", project.name, scope, *names, *limits)
+        after.append(AccountingCall(add=add, modify=("modify", "account", project.name, "where", scope, "set", *limits)))
         members = list(dict.fromkeys([*project.users, *everyone]))
         if members:
-            before.append(("add", "user", ",".join(members), f"Account={project.name}", scope))
-        after.append(("modify", "account", project.name, "where", scope, "set", *_limits(spec, project)))
+            after.append(AccountingCall(add=("add", "user", ",".join(members), f"Account={project.name}", scope)))
     return AccountingPlan(before_controller=tuple(before), after_controller=tuple(after))
 
 
 def _limits(spec: ClusterSpec, project: Project) -> list[str]:
-    limits = [f"Fairshare={project.share}"]
-    if any(pool.gpus_per_node for pool in spec.pools):
-        limits.append(f"GrpTRES=gres/gpu={-1 if project.max_gpus is None else project.max_gpus}")
-    return limits
+    has_gpus = any(pool.gpus_per_node for pool in spec.pools)
+    limit = -1 if project.max_gpus is None else project.max_gpus  # -1 takes an earlier limit away
+    return [f"Fairshare={project.share}", *([f"GrpTRES=gres/gpu={limit}"] if has_gpus else [])]
 
 
 def _environment() -> jinja2.Environment:
