@@ -300,10 +300,19 @@ def _entries_to_visit(folder: str, entries: Iterator[os.DirEntry[str]]) -> Itera
         if entry.name.startswith("."):
             continue
         relative = f"{folder}{entry.name}"
-        if entry.is_dir():
+        if _is_folder(entry):
             yield f"{relative}/"
         elif entry.name.rpartition(".")[2].lower() in (*IMAGE_EXTENSIONS, "svg"):
             yield relative
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except (
+        OSError
+    ):  # a link that leads round in a circle, for one: by its name it may be a picture, and loading it will tell
+        return False
 
 
 def _read_file(path: Path, *, max_bytes: int) -> bytes:

@@ -465,8 +465,8 @@ def test_damaged_captions_make_a_bad_sample(kind: str, data: bytes) -> None:
 def test_no_damage_gives_a_wrong_sample(
     tmp_path_factory: pytest.TempPathFactory, place: int, noise: bytes, cut: int | None, before: bool
 ) -> None:
-    """After indexing, each number gives genuine pixels with their own caption or the set says what is wrong; before, nothing can
-    tell damage inside a picture from what was meant, but nothing crashes either."""
+    """After indexing, each number gives genuine pixels with their own caption or the set says what is wrong; before, nothing
+    can tell damage inside a picture from what was meant, but nothing crashes either."""
     directory = write_shards(tmp_path_factory.mktemp("damaged"))
     if not before:
         ensure_index(directory)
