@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -282,16 +283,7 @@ class SlurmCliClient:
     ) -> list[Job]:
         """Return the jobs that match every condition given; see `SlurmClient.jobs`."""
         ids = [_check_job_id(job_id) for job_id in job_ids]
-        if len(ids) == 1:
-            found = self._jobs_of_id(ids[0])
-        else:
-            # 22.05 ignores every filter beside --json, so the filtering is ours in any case.
-            found = self._read(
-                ["squeue", "--all", "--states=all", "--json"],
-                slurm_json.parse_jobs_json,
-                ["scontrol", "--all", "--oneliner", "--details", "show", "jobs"],
-                slurm_text.parse_jobs_text,
-            )
+        found = self._jobs_of_id(ids[0]) if len(ids) == 1 else self._all_jobs()
         return [
             job
             for job in found
@@ -459,7 +451,20 @@ class SlurmCliClient:
 
     # How
 
+    def _all_jobs(self) -> list[Job]:
+        # 22.05 ignores every filter beside --json, so the filtering is the caller's in any case.
+        return self._read(
+            ["squeue", "--all", "--states=all", "--json"],
+            slurm_json.parse_jobs_json,
+            ["scontrol", "--all", "--oneliner", "--details", "show", "jobs"],
+            slurm_text.parse_jobs_text,
+        )
+
     def _jobs_of_id(self, job_id: str) -> list[Job]:
+        """Return a job, or the elements of an array; none where Slurm knows no such job.
+
+        From 22.05 as text: it has more than the JSON (paths of the logs, planned nodes) and is one job instead of all of them.
+        """
         try:
             if self.version().release >= _SCONTROL_JSON_SINCE:
                 return self._read(
@@ -471,7 +476,11 @@ class SlurmCliClient:
             result = self._query(["scontrol", "--all", "--oneliner", "--details", "show", "job", job_id])
         except NotFoundError:
             return []
-        return self._accept(slurm_text.parse_jobs_text(result.stdout), result)
+        jobs = self._accept(slurm_text.parse_jobs_text(result.stdout), result)
+        if any(job.reason is None and job.reason_detail for job in jobs):  # the text hides the reason's name then
+            reasons = {job.id: job.reason for job in self._all_jobs()}
+            jobs = [job if job.reason else replace(job, reason=reasons.get(job.id)) for job in jobs]
+        return jobs
 
     def _sacct_fields(self) -> tuple[str, ...]:
         if self._accounting_fields is None:

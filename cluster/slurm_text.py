@@ -218,6 +218,12 @@ def _smaller_of_range(value: object) -> int | None:
     return values.read_count(value.partition("-")[0] if isinstance(value, str) else value)
 
 
+def _path(value: object) -> str | None:
+    """Read a path, but not that of the undivided part of an array, in which Slurm fills NO_VAL in as the task's number."""
+    text = values.read_text(value)
+    return None if text is None or "4294967294" in text else text
+
+
 def parse_jobs_text(text: str) -> Parsed[Job]:
     """Read `scontrol -o -d show job`.
 
@@ -234,6 +240,9 @@ def _job(record: dict[str, str], piece: str, problems: list[str]) -> Job:
     state, flags = values.read_job_state(record.get("JobState"))
     if state == "UNKNOWN":
         problems.append(f"job {job_id}: JobState: cannot read {shorten(record.get('JobState'))}")
+    reason = fields.read(values.read_text, "Reason")
+    # Slurm prints its longer description, blanks as underscores, in place of the reason's name, which never has one.
+    reason_is_described = "_" in (reason or "")
     exit_code, exit_signal = values.read_exit_status(record.get("ExitCode"))
     gpus_by_node = {
         node: indices
@@ -251,7 +260,8 @@ def _job(record: dict[str, str], piece: str, problems: list[str]) -> Job:
         qos=fields.read(values.read_text, "QOS"),
         state=state,
         flags=flags,
-        reason=fields.read(values.read_text, "Reason"),
+        reason=None if reason_is_described else reason,
+        reason_detail=reason.replace("_", " ") if reason and reason_is_described else None,
         nodes=fields.read(values.read_names, "NodeList"),
         batch_host=fields.read(values.read_text, "BatchHost"),
         required_nodes=fields.read(values.read_names, "ReqNodeList"),
@@ -283,8 +293,8 @@ def _job(record: dict[str, str], piece: str, problems: list[str]) -> Job:
         comment=fields.read(values.read_text, "Comment"),
         admin_comment=fields.read(values.read_text, "AdminComment"),
         work_dir=fields.read(values.read_text, "WorkDir"),
-        stdout=fields.read(values.read_text, "StdOut"),
-        stderr=fields.read(values.read_text, "StdErr"),
+        stdout=_path(record.get("StdOut")),
+        stderr=_path(record.get("StdErr")),
         command=fields.read(values.read_text, "Command"),
         priority=fields.read(values.read_count, "Priority"),
         nice=values.read_signed(record.get("Nice")),
