@@ -12,13 +12,14 @@ The journal never decides where a run goes on: that is the newest committed chec
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
@@ -57,6 +58,44 @@ class EndReason(str, Enum):
 
 
 Explanation = tuple[EndReason, str]
+
+_AFTER_EFFECTS = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "ranks could not agree",
+    "timed out waiting",
+)
+"""What gloo, the store and `jobs.interruption` say when another rank is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrashNote:
+    """What a failing rank could still say."""
+
+    rank: int
+    node: str
+    message: str
+    step: int | None = None
+    time: str = ""
+
+    @property
+    def is_after_effect(self) -> bool:
+        """Whether it only tells that another rank is gone."""
+        return any(words in self.message.lower() for words in _AFTER_EFFECTS)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one rank has settled an attempt for all."""
+
+    code: int
+    """Exit code of every rank."""
+    reason: EndReason
+    message: str = ""
+    rank: int | None = None
+    """The rank that failed first."""
+    node: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,29 +257,24 @@ class RunDirectory:
             The file written; None where even that failed.
         """
         path = self._crash_folder(info.job_id, info.restart_count) / f"rank-{info.rank}.json"
-        words = {
-            "time": self._now_text(),
-            "rank": info.rank,
-            "node": info.node,
-            "step": step,
-            "message": f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS],
-        }
+        message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
+        note = CrashNote(rank=info.rank, node=info.node, message=message, step=step, time=self._now_text())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(path, json.dumps(words))
+            _write_atomically(path, json.dumps(asdict(note)))
         except OSError as write_error:  # the disk may be what failed; the traceback in the log has to do
             logger.warning("cannot note the crash of rank %d: %s", info.rank, write_error)
             return None
         return path
 
-    def crash_notes(self, job_id: str | None, restart_count: int) -> list[dict[str, Any]]:
+    def crash_notes(self, job_id: str | None, restart_count: int) -> list[CrashNote]:
         """Return what the failing ranks of one attempt said, earliest first."""
+        values = (_read_json(path) for path in self._crash_folder(job_id, restart_count).glob("rank-*.json"))
         notes = []
-        for path in self._crash_folder(job_id, restart_count).glob("rank-*.json"):
-            note = _read_json(path)
-            if note is not None:
-                notes.append(note)
-        return sorted(notes, key=lambda note: str(note.get("time", "")))
+        for value in values:
+            with contextlib.suppress(TypeError):  # not ours, or a later version's
+                notes.append(CrashNote(**(value or {})))
+        return sorted(notes, key=lambda note: note.time)
 
     def claim_ending(self, info: RankInfo) -> bool:
         """Become the one rank that ends this attempt after a crash; True for exactly one of those that ask."""
@@ -254,20 +288,25 @@ class RunDirectory:
             logger.warning("cannot settle which rank ends the attempt: %s", error)
         return True
 
-    def write_ending(self, info: RankInfo, code: int) -> None:
-        """Tell the other ranks which exit code the attempt ends with; see `claim_ending`."""
+    def write_ending(self, info: RankInfo, ending: Ending) -> None:
+        """Tell the other ranks, and the next attempt, how this one ends; see `claim_ending`."""
         try:
-            _write_atomically(self._crash_folder(info.job_id, info.restart_count) / "ending", str(code))
+            _write_atomically(
+                self._crash_folder(info.job_id, info.restart_count) / "ending", json.dumps(asdict(ending))
+            )
         except OSError as error:
             logger.warning("cannot tell the other ranks how the attempt ends: %s", error)
 
-    def read_ending(self, info: RankInfo) -> int | None:
-        """Return the exit code that the claiming rank has chosen; None while it has not."""
+    def read_ending(self, info: RankInfo) -> Ending | None:
+        """Return how the claiming rank has settled the attempt; None while it has not."""
+        return self._ending(info.job_id, info.restart_count)
+
+    def _ending(self, job_id: str | None, restart_count: int) -> Ending | None:
+        value = _read_json(self._crash_folder(job_id, restart_count) / "ending")
         try:
-            text = (self._crash_folder(info.job_id, info.restart_count) / "ending").read_text(encoding="utf-8")
-        except OSError:
+            return None if value is None else Ending(**{**value, "reason": _reason(value.get("reason"))})
+        except TypeError:
             return None
-        return int(text) if text.strip().isdecimal() else None
 
     def end_attempt(
         self,
@@ -354,27 +393,28 @@ class RunDirectory:
         earlier = attempts[-1]
         notes = self.crash_notes(earlier.job_id, earlier.restart_count)
         step, alive_s = self._last_sign(earlier)
-        reason, message, rank, node = EndReason.UNKNOWN, "killed without a word", None, None
-        told = explain(earlier) if explain is not None else None
-        if notes:
-            first = notes[0]
-            reason, message = EndReason.CRASHED, str(first.get("message", ""))
-            rank, node = first.get("rank"), first.get("node")
-            step = max(step, int(first.get("step") or 0))
-        elif told is not None:
-            reason, message = told
+        ending = self._ending(earlier.job_id, earlier.restart_count)
+        first = first_failure(notes)
+        step = max([step, *(note.step or 0 for note in notes)])
+        if ending is None and first is not None:
+            ending = Ending(1, EndReason.CRASHED, first.message, first.rank, first.node)
+        if ending is None and explain is not None:
+            told = explain(earlier)
+            ending = None if told is None else Ending(1, *told)
+        if ending is None:
+            ending = Ending(1, EndReason.UNKNOWN, "killed without a word")
         committed = max(earlier.committed_step or 0, start_step) or None
         self._append(
             "end",
             time=_iso(alive_s),
             attempt=earlier.number,
-            reason=reason.value,
-            message=message[:_MESSAGE_CHARS],
+            reason=ending.reason.value,
+            message=ending.message[:_MESSAGE_CHARS],
             step=max(step, start_step) if committed else step,
             committed_step=committed if (committed or 0) > earlier.first_step else earlier.committed_step,
             seconds_lost=self._seconds_lost(earlier, committed, step, alive_s),
-            failing_rank=rank,
-            failing_node=node,
+            failing_rank=ending.rank,
+            failing_node=ending.node,
             found_by_next=True,
         )
 
@@ -511,6 +551,11 @@ def failures_without_progress(attempts: Sequence[AttemptRecord], start_step: int
         if attempt.reason is not None and attempt.reason.is_failure:
             failures.append(attempt)
     return failures[::-1]
+
+
+def first_failure(notes: Sequence[CrashNote]) -> CrashNote | None:
+    """Return the earliest note that is more than the loss of another rank, or else the earliest; None if there is none."""
+    return next((note for note in notes if not note.is_after_effect), notes[0] if notes else None)
 
 
 def describe_attempt(attempt: AttemptRecord) -> str:

@@ -220,7 +220,7 @@ def _open_store(info: RankInfo, deadline: float, stop: StopSignals | None, slurm
     from datetime import timedelta
 
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # documented there, but imported by a condition
 
     address = _resolve_master(info, slurm)
     last = "no answer"

@@ -1,0 +1,485 @@
+"""Leaving an attempt so that the run goes on: find out why it has to leave, ask Slurm to bring the job back, and go.
+
+What was tried on slurmctld 22.05.8 and stands behind the order of things here (docs/preemption.md has the figures):
+
+- Exit code 0 or 1 within the grace of a preemption ends the job for good. `scontrol requeue` of one's own job brings it back in
+  every preemption mode: also under CANCEL without grace, and past the time limit, when the job is already final (PREEMPTED,
+  TIMEOUT) and only its processes still run.
+- Slurm holds a requeued job for `cred_expire` (120 s by default) from the moment its last process is gone, unless its start
+  time then lies in the future. So `StartTime=now` does nothing while the job still ends, and `now+6seconds` lifts the hold.
+- The requeue sends TERM to every process of the step, `scontrol` itself included: what is started here must ignore it.
+- `scontrol requeue` revives a cancelled job as well. So nothing is requeued before it is known that nobody cancelled it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import InputError, InterruptedRunError, MissingError, MusterError, NotFoundError, StateError
+from cluster.hostlist import fold
+from cluster.slurm import SlurmCliClient, SlurmClient
+from cluster.slurm_records import UNLIMITED, Job
+from jobs.journal import AttemptRecord, CrashNote, Ending, EndReason, Explanation, RunDirectory, first_failure
+from jobs.process_group import RankInfo, read_rank_info
+
+if TYPE_CHECKING:
+    from jobs.collectives import Ranks
+    from jobs.interruption import StopSignals
+
+logger = logging.getLogger(__name__)
+
+REQUEUE_EXIT_CODE = InterruptedRunError.exit_code
+"""75, with which slurm.conf's RequeueExit brings a job back: the second line of defence."""
+CANCELLED_EXIT_CODE = 130
+"""What a cancelled attempt exits with: like Ctrl-C, and nothing brings it back."""
+CRASHED_EXIT_CODE = 1
+
+_SLURM_TIMEOUT_S = 10.0
+_TRIES = 3
+_PAUSE_S = 0.3
+_START_DELAY_S = 6
+_SIGNAL_SLACK_S = 60.0  # --signal comes up to this much early (sbatch's manual)
+_LONGEST_WARNING_S = 900.0
+_OTHERS_FIRST_S = 5.0  # a rank whose peers vanished waits so long for the one that knows why
+_ENDING_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt has to leave, and what that means for the job."""
+
+    reason: EndReason
+    message: str
+    comes_back: bool = True
+    """Whether the job is to run again."""
+    is_requeued: bool = False
+    """Whether Slurm has put it back into the queue already."""
+
+
+class Requeuer:
+    """Ends an attempt. Made on every rank; rank 0 speaks to Slurm, the others follow it.
+
+    Args:
+        info: Who this process is.
+        run: The run's journal.
+        stop: The signals that came, if they are watched.
+        slurm: How to talk to Slurm; its command-line programs with short deadlines unless given.
+        retries: How often a failed attempt is followed by another without a new checkpoint in between.
+        start_delay_s: Earliest restart after the requeue, in seconds. It must outlast the ending of the job's processes and its
+            epilog, or Slurm's own, longer hold applies.
+        clock: Seconds since 1970.
+        sleep: As `time.sleep`.
+    """
+
+    def __init__(
+        self,
+        info: RankInfo,
+        run: RunDirectory,
+        *,
+        stop: StopSignals | None = None,
+        slurm: SlurmClient | None = None,
+        retries: int = 3,
+        start_delay_s: int = _START_DELAY_S,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._info = info
+        self._run = run
+        self._stop = stop
+        self._slurm = SlurmCliClient(timeout_s=_SLURM_TIMEOUT_S) if slurm is None else slurm
+        self._retries = retries
+        self._start_delay_s = start_delay_s
+        self._clock = clock
+        self._sleep = sleep
+        self._end_s: float | None = None
+        self._end_asked_s: float | None = None
+
+    # What Slurm knows
+
+    def is_job_alive(self, job_id: str) -> bool | None:
+        """Say whether a job runs or will run again; None where Slurm does not answer. For `RunDirectory.begin_attempt`."""
+        try:
+            return not self._slurm.job(job_id).is_ended
+        except NotFoundError:
+            return False
+        except MusterError as error:
+            logger.warning("cannot ask Slurm about job %s: %s", job_id, error)
+            return None
+
+    def explain(self, attempt: AttemptRecord) -> Explanation | None:
+        """Say from Slurm's accounting why an earlier attempt ended; None where it does not know. For `begin_attempt`."""
+        if attempt.job_id is None or self._info.job_id is None or attempt.cluster != self._info.cluster:
+            return None
+        try:
+            records = [record for record in self._slurm.accounting(job_ids=[attempt.job_id]) if record.step is None]
+        except MusterError as error:
+            logger.info("accounting says nothing about attempt %d: %s", attempt.number, error)
+            return None
+        matching = [record for record in records if record.restarts == attempt.restart_count]
+        if not matching:
+            return None
+        known = _ACCOUNTING_REASONS.get(matching[-1].state)
+        return (
+            None if known is None else (known, f"killed without a word; Slurm's accounting says {matching[-1].state}")
+        )
+
+    def time_left_s(self) -> float | None:
+        """Return the seconds until the job's time limit; None without one, or where Slurm does not say. Asks rarely."""
+        if self._info.job_id is None:
+            return None
+        now_s = self._clock()
+        if (
+            self._end_asked_s is None or now_s - self._end_asked_s > 600
+        ):  # an admin may have changed the limit meanwhile
+            self._end_asked_s = now_s
+            job = self._own_job(tries=1)
+            if job is not None:
+                limited = job.time_limit not in (None, UNLIMITED) and job.end_time is not None
+                self._end_s = job.end_time.timestamp() if limited and job.end_time is not None else None
+        return None if self._end_s is None else self._end_s - now_s
+
+    def find_cause(self) -> Cause:
+        """Ask Slurm why this attempt has been signalled."""
+        if self._info.job_id is None:
+            name = (self._stop.requested if self._stop is not None else None) or "a request"
+            return Cause(EndReason.SIGNALLED, f"{name}, outside Slurm: start it again to go on", comes_back=False)
+        job = self._own_job()
+        signal_name = self._stop.requested if self._stop is not None else None
+        return judge(job, self._info, signal_name=signal_name, now=self._now(), down_nodes=self._down_nodes(job))
+
+    # Leaving
+
+    def leave(self, step: int, *, ranks: Ranks | None = None, committed_step: int | None = None) -> int:
+        """End this attempt after its state has been committed; returns the exit code to leave with, at once.
+
+        A collective call: rank 0 finds the cause, writes the journal, and requeues the job while it still runs, which frees the
+        nodes at once. The others hear the exit code from it, so that none ends before the requeue (a rank that ends badly would
+        take the whole step with it under `srun --kill-on-bad-exit`).
+
+        Args:
+            step: Step that the run has reached.
+            ranks: How the ranks talk; needed where there are several.
+            committed_step: Newest committed step, where it is not `step`.
+        """
+        with _deaf_to_signals():
+            code: int | None = None
+            if self._info.is_first:
+                code = self._leave_first(step, step if committed_step is None else committed_step)
+            if ranks is None or self._info.world_size == 1:
+                return REQUEUE_EXIT_CODE if code is None else code
+            try:
+                return ranks.broadcast(code)
+            except RuntimeError as error:  # rank 0 is gone, so the requeue is done, or Slurm has killed it
+                logger.info("rank 0 left without a word (%s)", str(error).splitlines()[0])
+                return REQUEUE_EXIT_CODE
+
+    def leave_early(self) -> int:
+        """End this attempt when a stop came before the ranks could agree on it (start-up); returns the exit code.
+
+        Not a collective call: whichever rank comes first requeues the job, the others follow it. Nothing is lost, because
+        nothing has been done.
+        """
+        with _deaf_to_signals():
+            if self._info.job_id is None:
+                return REQUEUE_EXIT_CODE
+            if not self._run.claim_ending(self._info):
+                return self._follow_ending()
+            cause = self.find_cause()
+            logger.info("leaving before the first step: %s (%s)", cause.reason.value, cause.message)
+            code = self._act(cause)
+            self._settle(Ending(code, cause.reason, cause.message), step=None)
+            return code
+
+    def leave_after_crash(self, error: BaseException, *, step: int | None = None) -> int:
+        """End this attempt after an error; returns the exit code to leave with, at once. Not a collective call.
+
+        Every failing rank leaves a note; one of them decides for all: requeue without the failed node, or, after too many
+        failures without progress, give up. A rank that only lost its peers gives way to the one that knows why. What a person
+        has to mend (a wrong setting, a run in use) is not tried again.
+        """
+        info = self._info
+        own_code = error.exit_code if isinstance(error, MusterError) else CRASHED_EXIT_CODE
+        with _deaf_to_signals():
+            self._run.note_crash(info, error, step=step)
+            note = CrashNote(rank=info.rank, node=info.node, message=f"{type(error).__name__}: {error}", step=step)
+            if note.is_after_effect and info.job_id is not None:
+                self._let_others_speak()
+            if not self._run.claim_ending(info):
+                return self._follow_ending()
+            first = first_failure(self._run.crash_notes(info.job_id, info.restart_count)) or note
+            if isinstance(error, (InputError, StateError, MissingError)):
+                ending = Ending(own_code, EndReason.CRASHED, first.message, first.rank, first.node)
+            else:
+                ending = self._end_crashed(first, own_code)
+            self._settle(ending, step=step)
+            return ending.code
+
+    def _let_others_speak(self) -> None:
+        deadline = self._clock() + _OTHERS_FIRST_S
+        while self._clock() < deadline and self._run.read_ending(self._info) is None:
+            notes = self._run.crash_notes(self._info.job_id, self._info.restart_count)
+            if any(not note.is_after_effect for note in notes):
+                return
+            self._sleep(_PAUSE_S)
+
+    def _settle(self, ending: Ending, *, step: int | None) -> None:
+        """Tell the other ranks, and the journal if this is rank 0; else the next attempt puts it into the journal."""
+        self._run.write_ending(self._info, ending)
+        with contextlib.suppress(OSError):
+            self._run.end_attempt(
+                ending.reason, step, message=ending.message, failing_rank=ending.rank, failing_node=ending.node
+            )
+
+    def _leave_first(self, step: int, committed_step: int) -> int:
+        cause = self.find_cause()
+        logger.info("leaving at step %d: %s (%s)", step, cause.reason.value, cause.message)
+        with contextlib.suppress(OSError):  # a journal that cannot be written must not keep the job from coming back
+            self._run.end_attempt(cause.reason, step, message=cause.message, committed_step=committed_step)
+        return self._act(cause)
+
+    def _act(self, cause: Cause, *, exclude: Sequence[str] = ()) -> int:
+        """Do what the cause asks for, and return the exit code."""
+        if not cause.comes_back:
+            return REQUEUE_EXIT_CODE if self._info.job_id is None else CANCELLED_EXIT_CODE
+        assert self._info.job_id is not None
+        if cause.is_requeued or self._requeue(self._info.job_id):
+            self._lift_hold(self._info.job_id, exclude)
+        else:
+            logger.warning(
+                "job %s could not be requeued; it exits with %d, which RequeueExit of slurm.conf turns into a requeue",
+                self._info.job_id,
+                REQUEUE_EXIT_CODE,
+            )
+        return REQUEUE_EXIT_CODE
+
+    def _requeue(self, job_id: str) -> bool:
+        for last in (False, False, True)[-_TRIES:]:
+            try:
+                self._slurm.requeue(job_id)
+            except MusterError as error:
+                # Refused because it is in the queue already (somebody was quicker), or the answer got lost on the way.
+                job = self._own_job(tries=1)
+                if job is not None and (job.restarts or 0) > self._info.restart_count:
+                    return True
+                logger.warning("requeue of job %s: %s", job_id, error)
+                if last:
+                    return False
+                self._sleep(_PAUSE_S)
+            else:
+                logger.info("job %s is back in the queue", job_id)
+                return True
+        return False
+
+    def _lift_hold(self, job_id: str, exclude: Sequence[str]) -> None:
+        """Give the job an early start time, and nodes to stay away from. Without it, it only waits longer."""
+        changes = {"StartTime": f"now+{self._start_delay_s}seconds"}
+        if exclude:
+            changes["ExcNodeList"] = fold(sorted(exclude))
+        for _ in range(_TRIES):
+            try:
+                self._slurm.update_job(job_id, **changes)
+            except MusterError as error:
+                logger.warning("job %s keeps Slurm's own hold after a requeue: %s", job_id, error)
+                self._sleep(_PAUSE_S)
+            else:
+                return
+
+    def _end_crashed(self, first: CrashNote, own_code: int) -> Ending:
+        """Find out whether the failure came from outside, and requeue, give up, or leave it at that."""
+        info = self._info
+        if info.job_id is None:
+            return Ending(own_code, EndReason.CRASHED, first.message, first.rank, first.node)
+        job = self._own_job()
+        down_nodes = self._down_nodes(job)
+        cause = judge(job, info, signal_name=None, now=self._now(), down_nodes=down_nodes)
+        if cause.reason in {EndReason.SIGNALLED, EndReason.UNKNOWN}:  # nothing from outside: the fault is in here
+            cause = Cause(EndReason.CRASHED, first.message, is_requeued=cause.is_requeued)
+        elif cause.reason is EndReason.NODE_FAILURE:
+            cause = replace(cause, message=f"{cause.message}; {first.message}")
+        is_own_fault = cause.reason is EndReason.CRASHED
+        if not cause.comes_back:
+            code = CANCELLED_EXIT_CODE
+        elif cause.reason.is_failure and not self._run.may_retry(info, retries=self._retries):
+            self._run.give_up(f"the last one: rank {first.rank} on {first.node}: {first.message}")
+            code = own_code
+        else:
+            bad = list(down_nodes) or ([first.node] if is_own_fault else [])
+            code = self._act(cause, exclude=self._excludable(job, bad))
+        if not is_own_fault:
+            return Ending(code, cause.reason, cause.message)
+        return Ending(code, cause.reason, cause.message, first.rank, first.node)
+
+    def _follow_ending(self) -> int:
+        """Wait for the rank that ends the attempt; its exit code is everybody's."""
+        deadline = self._clock() + _ENDING_TIMEOUT_S
+        while self._clock() < deadline:
+            ending = self._run.read_ending(self._info)
+            if ending is not None:
+                return ending.code
+            self._sleep(_PAUSE_S)
+        return REQUEUE_EXIT_CODE
+
+    def _excludable(self, job: Job | None, nodes: Sequence[str]) -> list[str]:
+        """Return all nodes to exclude from now on; none if too few would be left to run on."""
+        if job is None or not nodes:
+            return []
+        excluded = {*job.excluded_nodes, *nodes}
+        try:
+            partitions = {partition.name: partition for partition in self._slurm.partitions()}
+            queue = partitions.get(job.partition or "")
+            usable = (
+                {node.name for node in self._slurm.nodes(queue.nodes) if node.is_usable} if queue is not None else set()
+            )
+        except MusterError as error:
+            logger.warning("cannot tell which nodes are left, so none is excluded: %s", error)
+            return []
+        needed = job.node_count or len(self._info.nodes)
+        if len(usable - excluded) < needed:
+            logger.warning("%s is not excluded: fewer than %d usable nodes would be left", ", ".join(nodes), needed)
+            return []
+        return sorted(excluded)
+
+    def _down_nodes(self, job: Job | None) -> tuple[str, ...]:
+        if job is None or self._info.job_id is None:
+            return ()
+        try:
+            nodes = self._slurm.nodes(self._info.nodes)
+        except MusterError as error:
+            logger.warning("cannot ask Slurm about the nodes: %s", error)
+            return ()
+        return tuple(node.name for node in nodes if node.states & {"DOWN", "NOT_RESPONDING", "FAIL"})
+
+    def _own_job(self, tries: int = _TRIES) -> Job | None:
+        assert self._info.job_id is not None
+        for _ in range(tries):
+            try:
+                return self._slurm.job(self._info.job_id)
+            except MusterError as error:
+                logger.warning("cannot ask Slurm about job %s: %s", self._info.job_id, error)
+                self._sleep(_PAUSE_S)
+        return None
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), tz=timezone.utc)
+
+
+def judge(
+    job: Job | None, info: RankInfo, *, signal_name: str | None, now: datetime, down_nodes: Sequence[str] = ()
+) -> Cause:
+    """Tell from Slurm's record of the job why its processes are signalled; pure.
+
+    Args:
+        job: The record, taken after the signal; None where Slurm does not answer.
+        info: Who asks; its restart count tells whether the job has been requeued since.
+        signal_name: The signal; None if the attempt ends without one.
+        now: The time.
+        down_nodes: Nodes of the attempt that are down.
+    """
+    came = f"{signal_name} came" if signal_name else "no signal came"
+    if job is None:
+        return Cause(EndReason.UNKNOWN, f"{came}, and Slurm does not answer")
+    started = job.start_time
+    is_preempted = job.preempt_time is not None and (started is None or job.preempt_time >= started)
+    is_requeued = (job.restarts or 0) > info.restart_count
+    is_ending = is_requeued or job.is_pending or job.is_ended or job.state == "COMPLETING"
+    if is_requeued or job.is_pending:
+        if down_nodes:
+            message = f"{', '.join(down_nodes)} failed; Slurm has requeued the job"
+            return Cause(EndReason.NODE_FAILURE, message, is_requeued=True)
+        # The record of the old attempt is gone, PreemptTime with it. What requeues a running job without asking it is
+        # preemption without grace, or a person; RunDirectory's journal can ask accounting for the difference later.
+        return Cause(EndReason.REQUEUED, "sent back to the queue by Slurm (preempted) or by hand", is_requeued=True)
+    if is_preempted:
+        return Cause(
+            EndReason.PREEMPTED, "a job of a higher tier needs the nodes", comes_back=job.may_requeue is not False
+        )
+    if down_nodes:
+        return Cause(EndReason.NODE_FAILURE, f"{', '.join(down_nodes)} failed", comes_back=job.may_requeue is not False)
+    if _is_time_up(job, now, is_ending=is_ending):
+        return Cause(EndReason.TIME_LIMIT, f"the time limit of {job.time_limit} is near", job.may_requeue is not False)
+    if is_ending:
+        return Cause(EndReason.CANCELLED, "cancelled (scancel)", comes_back=False)
+    return Cause(EndReason.SIGNALLED, f"{came}, though Slurm does not want the nodes: sent by hand")
+
+
+def _is_time_up(job: Job, now: datetime, *, is_ending: bool) -> bool:
+    if job.time_limit is None or job.time_limit == UNLIMITED or job.end_time is None or job.start_time is None:
+        return False
+    if is_ending:  # the end is past, and so as much later than the start as the limit says
+        return job.reason == "TimeLimit" or job.end_time - job.start_time >= job.time_limit
+    # The warning of --signal is not in the record: two minutes or a fifth of the limit are what people ask for.
+    warning_s = min(max(120.0, 0.2 * job.time_limit.total_seconds()), _LONGEST_WARNING_S)
+    return (job.end_time - now).total_seconds() <= warning_s + _SIGNAL_SLACK_S
+
+
+_ACCOUNTING_REASONS = {
+    "PREEMPTED": EndReason.PREEMPTED,
+    "TIMEOUT": EndReason.TIME_LIMIT,
+    "NODE_FAIL": EndReason.NODE_FAILURE,
+    "CANCELLED": EndReason.CANCELLED,
+    "REQUEUED": EndReason.REQUEUED,
+    "FAILED": EndReason.CRASHED,
+    "OUT_OF_MEMORY": EndReason.CRASHED,
+}
+
+
+@contextlib.contextmanager
+def _deaf_to_signals() -> Iterator[None]:
+    """Ignore TERM and USR2, here and in the commands started meanwhile: Slurm sends them to every process of the step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    earlier = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)  # unlike a handler, this is inherited by commands
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def after_step(
+    environ: Mapping[str, str], run: RunDirectory, status: int, *, slurm: SlurmClient | None = None, retries: int = 3
+) -> int:
+    """Settle an attempt from the batch script, after its `srun` ended with `status`; returns what the script exits with.
+
+    Only for what the ranks could not do themselves: all of them were killed at once (out of memory, a crash of the interpreter,
+    a signal before the handlers stood). Whatever a rank settled is left as it is.
+    """
+    info = read_rank_info({**environ, "SLURM_NTASKS": "1"})  # the batch shell is one process, whatever its step was
+    if status in {0, REQUEUE_EXIT_CODE, CANCELLED_EXIT_CODE} or info.job_id is None or run.is_finished:
+        return status
+    if run.failure is not None or run.read_ending(info) is not None:
+        return status
+    requeuer = Requeuer(info, run, slurm=slurm, retries=retries)
+    error = MusterError(f"the step ended with exit status {status} and no rank could say why")
+    return requeuer.leave_after_crash(error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m jobs.requeue --run-directory RUN --status "$?"` as the last line of a batch script."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.requeue", description=after_step.__doc__)
+    parser.add_argument("--run-directory", type=Path, required=True)
+    parser.add_argument("--status", type=int, required=True, help="exit status of srun")
+    parser.add_argument("--retries", type=int, default=3)
+    chosen = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return after_step(os.environ, RunDirectory(chosen.run_directory), chosen.status, retries=chosen.retries)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
