@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cluster.errors import JobError
 from jobs.interruption import reset_signals_in_worker
 from jobs.order import SampleOrder
 from jobs.randomness import KeyedRandomness
@@ -27,6 +28,10 @@ class Picture(Protocol):
     @property
     def image(self) -> npt.NDArray[np.uint8]:
         """Height x width x RGB."""
+
+    @property
+    def replaces(self) -> str:
+        """Name of the damaged sample that this one stands in for; empty as a rule."""
 
 
 class Pictures(Protocol):
@@ -55,19 +60,21 @@ class Batch:
     """Places in the global batch."""
     keys: list[str]
     """What was decoded for them."""
+    replaced: list[str]
+    """Names of damaged samples among them that others stand in for."""
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the DataLoader calls this where there is a GPU."""
-        return Batch(
-            self.images.pin_memory(), self.noise.pin_memory(), self.timesteps.pin_memory(), self.positions, self.keys
-        )
+        return self._moved(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`, copied without waiting where its memory is page-locked."""
         if device.type == "cpu":
             return self
-        moved = [tensor.to(device, non_blocking=True) for tensor in (self.images, self.noise, self.timesteps)]
-        return Batch(moved[0], moved[1], moved[2], self.positions, self.keys)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return replace(self, images=move(self.images), noise=move(self.noise), timesteps=move(self.timesteps))
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,16 @@ class KeyedBatches(Dataset[Batch]):
         self._size: tuple[int, int] | None = None
 
     def __getitem__(self, where: tuple[int, int]) -> Batch:
-        """Make the batch of `where` = (step, micro-step); raises ValueError if pictures differ in size."""
+        """Make the batch of `where` = (step, micro-step); raises JobError if pictures differ in size."""
         step, micro_step = where
         positions = self._share.positions(micro_step)
         _, indices = self._order.locate(step * self._config.batch_size + positions)
         pictures = [self._pictures[index] for index in indices.tolist()]
+        sizes = {picture.image.shape[:2] for picture in pictures}
+        if len(sizes) > 1:
+            raise JobError(
+                f"pictures differ in size, among them {sorted(sizes)[:4]}; set data.size_px, or run jobs.preprocess over them"
+            )
         images = np.stack([picture.image for picture in pictures])
         chance = self._randomness().draw(
             step,
@@ -118,6 +130,7 @@ class KeyedBatches(Dataset[Batch]):
             torch.from_numpy(chance.timesteps),
             positions.tolist(),
             [picture.key for picture in pictures],
+            [picture.replaces for picture in pictures if picture.replaces],
         )
 
     def _randomness(self) -> KeyedRandomness:
@@ -167,6 +180,7 @@ def make_loader(
         sampler=_Schedule(first_step, last_step, config.gradient_accumulation),
         num_workers=workers,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else each new loader draws from the run's own random state
         **options,
     )
 
@@ -175,8 +189,3 @@ def picture_size(pictures: Pictures) -> tuple[int, int]:
     """Return height and width of the set's pictures, by its first one."""
     height, width = pictures[0].image.shape[:2]
     return height, width
-
-
-def all_keys(pictures: Pictures, indices: Sequence[int]) -> list[str]:
-    """Return the keys of some samples."""
-    return [pictures[index].key for index in indices]

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster.errors import OutsideError, StateError
-from jobs.collectives import Ranks
+from jobs.collectives import Ranks, on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Checkpointer:
             OutsideError: The directory cannot be made or written.
         """
         removed: list[str]
-        self._token, removed = self._on_rank_0(self._prepare)
+        self._token, removed = on_rank_0(self._ranks, self._prepare)
         return removed
 
     def save(self, state: State) -> PendingSave:
@@ -171,7 +171,7 @@ class Checkpointer:
         Raises:
             StateError: There are checkpoints, but all are damaged; or one has a newer format.
         """
-        found = self._on_rank_0(self._find_newest)
+        found = on_rank_0(self._ranks, self._find_newest)
         if found is None:
             return None
         manifest, path = found
@@ -242,10 +242,12 @@ class Checkpointer:
         try:
             _write_bytes(temporary / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
             _sync_directory(temporary)
+            aside = self._aside(final)
             if final.exists():  # a damaged one of the same step: out of the way first, as a rename cannot replace it
-                final.rename(self._aside(final))
+                final.rename(aside)
             temporary.rename(final)
             _sync_directory(self._directory)
+            shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
             return f"rank 0: {_explain(error)}"
         return ""
@@ -293,19 +295,6 @@ class Checkpointer:
 
     def _aside(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-
-    def _on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 and give every rank its result, or its error."""
-        result: tuple[Any, Exception | None] | None = None
-        if self._ranks.rank == 0:
-            try:
-                result = action(), None
-            except Exception as error:  # whatever it is, the others wait to hear of it
-                result = None, error
-        value, failure = self._ranks.broadcast(result)
-        if failure is not None:
-            raise failure
-        return value
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:

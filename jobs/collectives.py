@@ -6,6 +6,7 @@ that is what keeps the others from waiting for it for ever.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -69,3 +70,17 @@ class TorchRanks:
         values: list[Any] = [value if self.rank == 0 else None]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]  # type: ignore[no-any-return]
+
+
+def on_rank_0(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give every rank what it returns, or raise what it raises; a collective call."""
+    outcome: tuple[T | None, Exception | None] | None = None
+    if ranks.rank == 0:
+        try:
+            outcome = action(), None
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            outcome = None, error
+    value, failure = ranks.broadcast(outcome)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value] # there is one where nothing failed

@@ -44,7 +44,7 @@ class SampleOrder:
             Arrays of the shape of `counters`.
         """
         counter = np.asarray(counters, dtype=np.uint64)
-        epoch, position = np.divmod(np.atleast_1d(counter), np.uint64(self.num_samples))
+        epoch, position = np.divmod(counter.reshape(-1), np.uint64(self.num_samples))
         index = _permute(
             position, key=_mix(_mix(_uint64(self.seed) + _GOLDEN) ^ (epoch * _GOLDEN + _GOLDEN)), size=self.num_samples
         )

@@ -29,9 +29,11 @@ MAY_CHANGE: frozenset[str] = frozenset(
         "evaluation",
         "progress",
         "record_samples",
+        "retries",
         "run_directory",
         "sampling",
         "steps",
+        "steps_to_run",
         "threads",
         "trackers",
     }
@@ -218,6 +220,8 @@ class TrainConfig(Section):
     data: Data
     steps: int = Field(default=10_000, ge=1)
     """Optimizer steps of the whole run."""
+    steps_to_run: int | None = Field(default=None, ge=1)
+    """Be done after this many of `steps`, for a first look or a reference: rates stay laid out for all of them."""
     batch_size: int = Field(default=64, ge=1)
     """Pictures in one optimizer step over all ranks and micro-steps. It does not change with the number of ranks."""
     gradient_accumulation: int = Field(default=1, ge=1)
@@ -226,6 +230,8 @@ class TrainConfig(Section):
     """Decides the first weights, the order of pictures, noise, timesteps and augmentation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights and their averages stay fp32."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time, on GPUs too, where they are slower. On CPUs they all do."""
     threads: int = Field(default=0, ge=0)
     """Threads of each rank for CPU work; 0 divides the cores that this process may use among the node's ranks."""
     model: Model = Model()
@@ -239,8 +245,15 @@ class TrainConfig(Section):
     progress: Progress = Progress()
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers by accelerate's names: tensorboard, wandb, mlflow, aim, ... Their packages must be installed."""
+    retries: int = Field(default=3, ge=0, le=1000)
+    """How often a failed attempt is followed by another one without a new checkpoint in between. Preemption does not count."""
     record_samples: bool = False
     """Note in `samples-rank<r>.jsonl` which pictures each rank has really decoded for each step."""
+
+    @property
+    def last_step(self) -> int:
+        """Number of steps after which the run is done."""
+        return min(self.steps, self.steps_to_run or self.steps)
 
     def micro_batch_size(self, world_size: int) -> int:
         """Return the pictures of one rank in one micro-step.
