@@ -322,18 +322,19 @@ class SlurmCliClient:
         Always from text, whose columns have been the same for years; sacct's JSON of 22.05 refuses time ranges when
         SLURM_TIME_FORMAT is set.
         """
+        ids = [_check_job_id(job_id) for job_id in job_ids]
         fields = self._sacct_fields()
         argv = ["sacct", "--duplicates", "--noheader", "--parsable2", f"--delimiter={slurm_text.SACCT_SEPARATOR}"]
         argv.append(f"--format={','.join(fields)}")
         argv.append(f"--user={','.join(users)}" if users else "--allusers")
         argv += [] if with_steps else ["--allocations"]
-        argv += [f"--jobs={','.join(_check_job_id(job_id) for job_id in job_ids)}"] if job_ids else []
+        argv += [f"--jobs={','.join(ids)}"] if ids else []
         argv += [f"--starttime={_slurm_moment(since)}"] if since else []
         argv += [f"--endtime={_slurm_moment(until)}"] if until else []
         result = self._query(argv)
         records = self._accept(slurm_text.parse_accounting(result.stdout, fields), result)
         records = slurm_text.order_attempts(records)
-        return slurm_text.count_restarts(records) if job_ids and since is None else records
+        return slurm_text.count_restarts(records) if ids and since is None else records
 
     def priorities(self, job_ids: Sequence[str] = ()) -> list[JobPriority]:
         """Return how the priority of pending jobs is made up; see `SlurmClient.priorities`."""
