@@ -1,8 +1,8 @@
 """A real Slurm cluster on this machine: up, status, down, and faults to order.
 
-Everything is rendered by the code that renders production (`cluster.render`), listens on loopback only, and lives in one state
-directory a cluster. What runs is never taken from a record but from the process table, so a cluster whose `up` was killed, or whose
-machine was rebooted, is seen as what it is.
+Everything is rendered by the code that renders production (`cluster.render`), listens on loopback only, and lives in
+one state directory a cluster. What runs is never taken from a record but from the process table, so a cluster whose
+`up` was killed, or whose machine was rebooted, is seen as what it is.
 """
 
 from __future__ import annotations
@@ -228,7 +228,12 @@ class LocalCluster:
         self._nodes().power_off(node)
 
     def power_on(self, node: str) -> None:
-        """Boot a node that is off. It registers with the controller as rebooted."""
+        """Boot a node that is off.
+
+        It registers as rebooted: Slurm requeues what it believed to run there and, as in production
+        (ReturnToService=1), leaves the node down until somebody resumes it: `scontrol update NodeName=...
+        State=RESUME`.
+        """
         self._nodes().power_on(node, rebooted=True)
 
     # ---- helpers
@@ -246,10 +251,12 @@ class LocalCluster:
             return
         if "slurmctld" in running:
             raise StateError(
-                f"cluster {self.name} is up; muster local status --name {self.name} shows it, muster local down --name {self.name} ends it"
+                f"cluster {self.name} is up already; see it with muster local status --name {self.name}, "
+                f"end it with muster local down --name {self.name}"
             )
         raise StateError(
-            f"cluster {self.name} is half up (slurmctld is gone, {', '.join(sorted(running))} run); end it with muster local down --name {self.name}"
+            f"cluster {self.name} is half up: slurmctld is gone, {', '.join(sorted(running))} run; "
+            f"end it with muster local down --name {self.name}"
         )
 
     def _end_processes(self) -> None:
@@ -298,8 +305,8 @@ class LocalCluster:
 def find_cluster(name: str | None, environment: Mapping[str, str] | None = None) -> LocalCluster:
     """Return the cluster that a command means.
 
-    The one of that name; without a name the one that MUSTER_CLUSTER points to (`muster local env` sets it), or else the only one.
-    A cluster that root started is found too.
+    The one of that name; without a name the one that MUSTER_CLUSTER points to (`muster local env` sets it), or else
+    the only one. A cluster that root started is found too.
 
     Raises:
         NotFoundError: There is none, or none of that name.
@@ -316,7 +323,9 @@ def find_cluster(name: str | None, environment: Mapping[str, str] | None = None)
             LocalCluster(name, root=state_root(variables)).status()  # raises, with the names that there are
         return found[0]
     if not clusters:
-        raise NotFoundError(f"no cluster on this machine (looked in {state_root(variables)}); muster local up starts one")
+        raise NotFoundError(
+            f"no cluster on this machine (looked in {state_root(variables)}); muster local up starts one"
+        )
     if len(clusters) > 1:
         names = ", ".join(cluster.name for cluster in clusters)
         raise StateError(f"several clusters are here: {names}; say which one with --name")

@@ -21,7 +21,8 @@ from cluster.settings import ClusterSpec
 local_app = typer.Typer(no_args_is_help=True, help="A real Slurm cluster with simulated GPUs on this machine.")
 
 NameOption = Annotated[
-    str | None, typer.Option("--name", help="Which cluster; may be left out where MUSTER_CLUSTER is set or there is one only.")
+    str | None,
+    typer.Option("--name", help="Which cluster; may be left out where MUSTER_CLUSTER is set or there is one only."),
 ]
 
 
@@ -31,7 +32,8 @@ def up(
     gpus: Annotated[int | None, typer.Option(min=0, max=16, help="GPUs of each node of the first pool.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the cluster; the description's own by default.")] = None,
     spec_file: Annotated[
-        Path | None, typer.Option("--spec", help="Description of the cluster; templates/cluster/local-demo.yaml by default.")
+        Path | None,
+        typer.Option("--spec", help="Description of the cluster; templates/cluster/local-demo.yaml by default."),
     ] = None,
 ) -> None:
     """Start a cluster: munged, MariaDB, slurmdbd, slurmctld, and one slurmd a node, on loopback only."""
@@ -43,14 +45,17 @@ def up(
     with _Progress() as progress:
         cluster.up(spec.model_copy(update={"pools": pools}), progress)
     _print_status(cluster.status())
-    console().print(f"\ncluster {cluster.name} is up after {time.monotonic() - started:.1f} s; to use it:", highlight=False)
+    console().print(
+        f"\ncluster {cluster.name} is up after {time.monotonic() - started:.1f} s; to use it:", highlight=False
+    )
     option = f" --name {cluster.name}" if len(list_clusters()) > 1 else ""
     console().print(f'  eval "$(muster local env{option})"', highlight=False, markup=False)
 
 
 @local_app.command("status")
 def status(
-    name: NameOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON: a list of clusters.")] = False
+    name: NameOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON: a list of clusters.")] = False,
 ) -> None:
     """Show what runs: every cluster here, or the one named."""
     clusters = [find_cluster(name)] if name is not None else list_clusters()
@@ -81,7 +86,12 @@ def down(
     for cluster in clusters:
         cluster.down(keep_logs=keep_logs)
         left = f"; its logs are in {cluster.layout.logs}" if keep_logs else ""
-        console().print(f"cluster {cluster.name} is down, nothing is left of it{left}" if not left else f"cluster {cluster.name} is down{left}", highlight=False)
+        console().print(
+            f"cluster {cluster.name} is down, nothing is left of it{left}"
+            if not left
+            else f"cluster {cluster.name} is down{left}",
+            highlight=False,
+        )
 
 
 @local_app.command("env")
@@ -94,7 +104,10 @@ def env(name: NameOption = None) -> None:
 @local_app.command("logs")
 def logs(
     what: Annotated[
-        str | None, typer.Argument(help="A daemon (slurmctld, slurmdbd, mariadbd, munged) or a node; all that there are are listed without.")
+        str | None,
+        typer.Argument(
+            help="A daemon (slurmctld, slurmdbd, mariadbd, munged) or a node; all that there are are listed without."
+        ),
     ] = None,
     name: NameOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added, until Ctrl-C.")] = False,
@@ -156,11 +169,19 @@ def _read_spec(path: Path | None) -> ClusterSpec:
 
 def _print_status(status: LocalStatus) -> None:
     style = {"up": "bold green", "stopped": "dim"}.get(status.state, "bold yellow")
-    console().print(f"cluster [bold]{status.name}[/]  [{style}]{status.state}[/]  {status.owner}  {status.directory}", highlight=False)
+    console().print(
+        f"cluster [bold]{status.name}[/]  [{style}]{status.state}[/]  {status.owner}  {status.directory}",
+        highlight=False,
+    )
     if not status.daemons:
         return
-    rows: list[tuple[object, ...]] = [(daemon.name, daemon.pid or "gone", daemon.port or "", "") for daemon in status.daemons]
-    rows += [(node.name, node.slurmd_pid or ("no slurmd" if node.powered else "off"), node.port, node.slurm_state) for node in status.nodes]
+    rows: list[tuple[object, ...]] = [
+        (daemon.name, daemon.pid or "gone", daemon.port or "", "") for daemon in status.daemons
+    ]
+    rows += [
+        (node.name, node.slurmd_pid or ("no slurmd" if node.powered else "off"), node.port, node.slurm_state)
+        for node in status.nodes
+    ]
     print_table(["daemon", "pid", "port", "state"], rows)
 
 

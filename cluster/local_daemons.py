@@ -14,7 +14,6 @@ from pathlib import Path
 
 from cluster.errors import CommandError, MissingError, OutsideError
 from cluster.local_layout import Layout, LocalState
-from cluster.local_ports import LOOPBACK
 from cluster.local_processes import ProcessTable
 from cluster.shell import Shell, find_program
 
@@ -60,8 +59,8 @@ class Daemons:
     def start_mariadbd(self) -> None:
         """Start MariaDB, reachable by one socket in a directory that only its owner can enter, and nothing else.
 
-        It is set to start quickly and to forget quickly: a power cut may lose its last second, which a cluster that lives on one
-        machine for an afternoon does not mind.
+        It is set to start quickly and to forget quickly: a power cut may lose its last second, which a cluster that
+        lives on one machine for an afternoon does not mind.
         """
         layout = self._layout
         first_statements = layout.database / "first.sql"
@@ -98,19 +97,20 @@ class Daemons:
         self._wait_for("mariadbd", lambda: _answers(layout.database_socket))
 
     def start_slurmdbd(self, state: LocalState) -> None:
-        """Start slurmdbd, which makes its tables, and wait until it takes connections."""
-        # slurmdbd takes no path on its command line, by which its process could be known as ours: a link in our directory gives one.
+        """Start slurmdbd, which makes its tables, and wait until it listens."""
+        # slurmdbd takes no path on its command line, by which its process could be known as ours: a link in our
+        # directory gives one.
         link = self._layout.run / "slurmdbd"
         link.unlink(missing_ok=True)
         link.symlink_to(find_program("slurmdbd"))
         # Nor has it a setting for the database's socket; the client library takes that from this variable.
         self._run(str(link), [], env={"MYSQL_UNIX_PORT": str(self._layout.database_socket)})
-        self._wait_for("slurmdbd", lambda: _accepts(state.database_daemon_port))
+        self._wait_for("slurmdbd", lambda: _listens(state.database_daemon_port))
 
     def start_slurmctld(self, state: LocalState) -> None:
-        """Start slurmctld and wait until it takes connections."""
+        """Start slurmctld and wait until it listens."""
         self._run("slurmctld", ["-f", str(self._layout.slurm_conf)])
-        self._wait_for("slurmctld", lambda: _accepts(state.controller_port))
+        self._wait_for("slurmctld", lambda: _listens(state.controller_port))
 
     def _run(self, program: str, arguments: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
         environment = {"SLURM_CONF": str(self._layout.slurm_conf), **(env or {})}
@@ -122,7 +122,7 @@ class Daemons:
             raise OutsideError(f"{error}{tail_of_log(self._layout, Path(program).name)}") from error
 
     def _wait_for(self, role: str, is_ready: Callable[[], bool]) -> None:
-        """Wait until a daemon is ready; say what its log says as soon as it has died, instead of waiting for the deadline."""
+        """Wait until a daemon is ready, or until it has died: then say at once what its log says."""
         deadline = time.monotonic() + _START_S
         next_look = time.monotonic() + _LOOK_EVERY_S
         while not is_ready():
@@ -180,8 +180,8 @@ def _stored_procedures_table() -> str:
     """Return the statements that MariaDB needs before slurmdbd can store its procedures.
 
     A whole mariadb-install-db takes five times as long as the server's start, for tables of users and rights that
-    --skip-grant-tables does not read. slurmdbd needs one table, in the form that belongs to the installed server: it is taken from
-    the server package's own script.
+    --skip-grant-tables does not read. slurmdbd needs one table, in the form that belongs to the installed server: it
+    is taken from the server package's own script.
     """
     for path in _SYSTEM_TABLES:
         if path.is_file():
@@ -197,16 +197,15 @@ def _stored_procedures_table() -> str:
     )
 
 
-def _accepts(port: int) -> bool:
-    try:
-        socket.create_connection((LOOPBACK, port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True
+def _listens(port: int, table: Path = Path("/proc/net/tcp")) -> bool:
+    """Whether a daemon listens on a loopback port. Not tried out: Slurm logs an error for each empty connection."""
+    wanted = f"0100007F:{port:04X}"  # 127.0.0.1 as the kernel prints it on little-endian machines (proc(5))
+    lines = (line.split() for line in table.read_text(encoding="ascii").splitlines()[1:])
+    return any(fields[1] == wanted and fields[3] == "0A" for fields in lines)
 
 
 def _answers(path: Path) -> bool:
-    """Whether the server behind a UNIX socket greets: MariaDB listens before it has run its first statements, and greets after."""
+    """Whether the server behind a UNIX socket greets: MariaDB listens before its first statements, greets after."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(0.05)
         try:

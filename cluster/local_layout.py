@@ -1,4 +1,4 @@
-"""Where a cluster on this machine keeps its state: one directory a cluster, found by name, locked while it is changed."""
+"""Where a cluster on this machine keeps its state: one directory, found by name, locked while it is changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.errors import InputError, MissingError, StateError
 from cluster.settings import ClusterSpec, Name, load_spec
 
 SYSTEM_ROOT = Path("/var/lib/muster/local")
-"""Where root's clusters live. Everybody may read there, so that other users' jobs can reach a cluster that root started."""
+"""Where root's clusters live. Everybody may read there: other users' jobs must reach what root started."""
 
 _SOCKET_PATH_BYTES = 107  # sun_path of unix(7) is 108 bytes with its closing zero
 _LONGEST_STEP_SUFFIX = "_67108863.4294967295"  # MaxJobId of slurm.conf(5), and Slurm's highest step number
@@ -31,7 +31,8 @@ _LOCK_WAIT_S = 20.0
 def state_root(environment: Mapping[str, str] | None = None) -> Path:
     """Return the directory that holds this user's clusters.
 
-    MUSTER_LOCAL_ROOT if set; /var/lib/muster/local for root; $XDG_STATE_HOME/muster/local (~/.local/state/...) for anybody else.
+    MUSTER_LOCAL_ROOT if set; /var/lib/muster/local for root; $XDG_STATE_HOME/muster/local (~/.local/state/...) for
+    anybody else.
     """
     variables = os.environ if environment is None else environment
     if variables.get("MUSTER_LOCAL_ROOT"):
@@ -134,14 +135,19 @@ class Layout:
         return self.directory / "state.json"
 
     def strangers(self) -> list[str]:
-        """Return the names of entries that no cluster makes. Where there are some, the directory is not ours to empty."""
+        """Return entries that no cluster makes. Where there are some, the directory is not ours to empty."""
         ours = {
-            *(path.name for path in (self.configuration, self.logs, self.run, self.controller_state, self.spool, self.nodes)),
+            *(
+                path.name
+                for path in (self.configuration, self.logs, self.run, self.controller_state, self.spool, self.nodes)
+            ),
             *(path.name for path in (self.node_script, self.description, self.hosts, self.state_file, self.database)),
             *(path.parent.name for path in (self.munge_key, self.munge_socket, self.gpu_device)),
         }
         return sorted(
-            entry.name for entry in self.directory.iterdir() if entry.name.removeprefix(".").removesuffix(".new") not in ours
+            entry.name
+            for entry in self.directory.iterdir()
+            if entry.name.removeprefix(".").removesuffix(".new") not in ours
         )
 
     def check(self, spec: ClusterSpec) -> None:
@@ -161,13 +167,14 @@ class Layout:
             if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
                 raise InputError(
                     f"{path}: {len(os.fsencode(path))} bytes, but the path of a socket may have {_SOCKET_PATH_BYTES}; "
-                    "choose shorter names for the cluster and its pools, or set MUSTER_LOCAL_ROOT to a shorter directory such as /tmp/m"
+                    "choose shorter names for the cluster and its pools, "
+                    "or set MUSTER_LOCAL_ROOT to a shorter directory such as /tmp/m"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalState:
-    """What one command leaves for the next. Whether daemons run is never taken from here but from the process table."""
+    """What one command leaves for the next. What runs is never read here but in the process table."""
 
     name: str
     phase: Literal["starting", "up"]
@@ -260,7 +267,8 @@ def locked(directory: Path, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
         try:
             if not _lock_until(descriptor, deadline):
                 raise StateError(
-                    f"{directory.name}: another muster command has been at work on this cluster for {wait_s:g} s; wait for it to end"
+                    f"{directory.name}: another muster command has been at work on this cluster for {wait_s:g} s; "
+                    "wait for it to end"
                 )
             if _is_still(directory, descriptor):
                 yield

@@ -1,9 +1,10 @@
 """The nodes of a cluster on this machine: each one a slurmd in namespaces of its own, with a power switch.
 
-A node has its own mount, UTS and PID namespaces: its hostname is the node's name, its `/etc/hosts` resolves every node of the
-cluster to the loopback address (torch's rendezvous and gloo look names up), its `/dev/shm` is its own, and killing its PID 1 kills
-everything on it at once. `/tmp`, home directories and the network are the machine's. An ordinary user gets the same through a user
-namespace in which only that user exists. `templates/local/node.sh` is what runs as the node's PID 1.
+A node has its own mount, UTS and PID namespaces: its hostname is the node's name, its `/etc/hosts` resolves every
+node of the cluster to the loopback address (torch's rendezvous and gloo look names up), its `/dev/shm` is its own,
+and killing its PID 1 kills everything on it at once. `/tmp`, home directories and the network are the machine's. An
+ordinary user gets the same through a user namespace in which only that user exists. `templates/local/node.sh` is what
+runs as the node's PID 1.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Nodes:
             make_directory(layout.nodes / name / "scratch", 0o1777)
         make_directory(layout.gpu_device.parent, 0o755)
         for number in range(max(pool.gpus_per_node for pool in self._spec.pools)):
-            # Slurm insists on character devices and follows links; making real ones takes root, and containers forbid even that.
+            # Slurm insists on character devices and follows links; making real ones takes root, and containers forbid
+            # even that.
             Path(f"{layout.gpu_device}{number}").symlink_to("/dev/null")
 
     def check_namespaces(self) -> None:
@@ -71,7 +73,10 @@ class Nodes:
             )
         except CommandError as error:
             if os.geteuid() == 0:
-                why = "root lacks CAP_SYS_ADMIN, as in a container: start it with --privileged, or --cap-add SYS_ADMIN --security-opt seccomp=unconfined"
+                why = (
+                    "root lacks CAP_SYS_ADMIN, as in a container: start that with --privileged, "
+                    "or with --cap-add SYS_ADMIN --security-opt seccomp=unconfined"
+                )
             else:
                 why = (
                     "unprivileged user namespaces are off (sysctl kernel.unprivileged_userns_clone=1, "
@@ -87,7 +92,8 @@ class Nodes:
 
         Args:
             node: Its name.
-            rebooted: Let slurmd tell the controller that the node has been rebooted (slurmd -b), which ends waiting for its jobs.
+            rebooted: Let slurmd tell the controller that the node has been rebooted (slurmd -b), which ends waiting
+                for its jobs.
 
         Raises:
             StateError: It is on.
@@ -175,13 +181,14 @@ class Nodes:
         return [process for process in self._processes.find(self._layout.directory) if process.node == node]
 
     def _find(self, role: str, node: str) -> ClusterProcess | None:
-        # The oldest one: slurmd forks, and a child that is about to become a slurmstepd still carries slurmd's command line.
+        # The oldest one: slurmd forks, and a child that is about to become a slurmstepd still carries slurmd's
+        # command line.
         return next((process for process in self._of(node) if process.role == role), None)
 
     def _wait_for_slurmd(self, node: str) -> None:
-        """Wait for the pid file that slurmd writes once it listens; look for its death less often, as that reads all of /proc."""
+        """Wait for the pid file that slurmd writes once it listens, or for its death."""
         deadline = time.monotonic() + _START_S
-        next_look = time.monotonic() + _LOOK_EVERY_S
+        next_look = time.monotonic() + _LOOK_EVERY_S  # less often: that reads all of /proc
         while not self._pid_file(node).exists():
             now = time.monotonic()
             if now > deadline or (now > next_look and not self._of(node)):

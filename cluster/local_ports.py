@@ -19,9 +19,10 @@ _TRIES = 200
 def held_ports(count: int, *, avoid: Collection[int] = (), highest: int | None = None) -> Iterator[int]:
     """Hold `count` consecutive free loopback ports and yield the first one.
 
-    Held ports are bound but not listened on, with SO_REUSEADDR set after the fact: a daemon that sets it too, as Slurm's do, can
-    bind and listen while we hold, and any other search for free ports finds them taken. So nothing slips in between finding and using.
-    The block lies below the kernel's ephemeral ports, or an outgoing connection could take the port of a daemon that is down.
+    Held ports are bound but not listened on, with SO_REUSEADDR set after the fact: a daemon that sets it too, as
+    Slurm's do, can bind and listen while we hold, and any other search for free ports finds them taken. So nothing
+    slips in between finding and using. The block lies below the kernel's ephemeral ports, or an outgoing connection
+    could take the port of a daemon that is down.
 
     Args:
         count: How many ports.

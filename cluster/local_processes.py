@@ -1,8 +1,9 @@
-"""The processes of a cluster on this machine: found in the process table, and ended without ever hitting somebody else's.
+"""The processes of a cluster on this machine: found in the process table, ended without hitting anybody else's.
 
-No list of pids is kept: it would be wrong after a crash or a reboot, when it matters. A process is a cluster's own if its program is
-one that Muster starts and its command line names a path in the cluster's state directory. Signals go through a pidfd that is opened
-before the command line is read, so a pid that is given to another process in between cannot be hit.
+No list of pids is kept: it would be wrong after a crash or a reboot, when it matters. A process is a cluster's own if
+its program is one that Muster starts and its command line names a path in the cluster's state directory. Signals go
+through a pidfd that is opened before the command line is read, so a pid that is given to another process in between
+cannot be hit.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class ClusterProcess:
 
     pid: int
     role: str
-    """`munged`, `mariadbd`, `slurmdbd`, `slurmctld`, `slurmd`, `init` (PID 1 of a node) or `helper` (around one of those)."""
+    """`munged`, `mariadbd`, `slurmdbd`, `slurmctld`, `slurmd`, `init` (PID 1 of a node) or `helper` (around one of
+    those)."""
     node: str | None
     """The node that it is, or belongs to."""
     start_ticks: int
@@ -68,9 +70,11 @@ class ProcessTable:
         signal_number: int = signal.SIGKILL,
         deadline_s: float = 10.0,
     ) -> None:
-        """Signal the processes and wait until they are gone; what ignores another signal until the deadline gets SIGKILL.
+        """Signal the processes and wait until they are gone; what ignores another signal until the deadline gets
+        SIGKILL.
 
-        For a node's `init` this returns when every process of the node is gone: the kernel ends PID 1 of a namespace last.
+        For a node's `init` this returns when every process of the node is gone: the kernel ends PID 1 of a namespace
+        last.
 
         Raises:
             MissingError: A process is not ours to signal.
@@ -90,11 +94,13 @@ class ProcessTable:
             if left:
                 names = ", ".join(f"{process.role} (pid {process.pid})" for process in left.values())
                 raise OutsideError(
-                    f"{names}: still there {deadline_s:g} s after SIGKILL; it hangs in the kernel, look at /proc/PID/stack and dmesg"
+                    f"{names}: still there {deadline_s:g} s after SIGKILL; "
+                    "it hangs in the kernel, look at /proc/PID/stack and dmesg"
                 )
 
     def _open(self, process: ClusterProcess, directory: Path, stack: contextlib.ExitStack) -> int | None:
-        """Open a pidfd and only then check whose the pid is: from there on the descriptor means that process alone."""
+        """Open a pidfd and only then check whose the pid is: from there on the descriptor means that process
+        alone."""
         try:
             descriptor = os.pidfd_open(process.pid)
         except ProcessLookupError:

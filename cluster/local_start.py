@@ -1,4 +1,5 @@
-"""The way up of a cluster on this machine: files, daemons, accounts, nodes, in the order that they need each other."""
+"""The way up of a cluster on this machine: files, daemons, accounts, nodes, in the order that they need each
+other."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ Progress = Callable[[Step], None]
 class Start:
     """Starts one cluster in an empty directory. It cleans nothing up when it fails: its caller does."""
 
-    def __init__(self, layout: Layout, spec: ClusterSpec, shell: Shell, processes: ProcessTable, report: Progress) -> None:
+    def __init__(
+        self, layout: Layout, spec: ClusterSpec, shell: Shell, processes: ProcessTable, report: Progress
+    ) -> None:
         self._layout = layout
         self._spec = spec
         self._shell = shell
@@ -139,12 +142,12 @@ class Start:
                     self._account(call)
 
     def _account(self, call: AccountingCall) -> None:
-        # The database is new: everything is added, with all its values, and `call.modify` has nothing to change.
-        argv = [find_program("sacctmgr"), "-i", *call.add]
+        # The database is new: everything is added, with all its values, and `call.if_present` has nothing to change.
+        argv = [find_program("sacctmgr"), "-i", *call.arguments]
         result = self._shell.run(argv, timeout_s=_COMMAND_S, env=self._environment, check=False)
         if result.returncode != 0:
             printed = (result.stderr + result.stdout).strip()
-            raise OutsideError(f"sacctmgr {' '.join(call.add)}: {printed}{tail_of_log(self._layout, 'slurmdbd')}")
+            raise OutsideError(f"sacctmgr {' '.join(call.arguments)}: {printed}{tail_of_log(self._layout, 'slurmdbd')}")
 
     def _wait_for_nodes(self, num_nodes: int) -> None:
         states: dict[str, str] = {}
@@ -168,7 +171,8 @@ class Start:
 
 
 def local_site(layout: Layout, state: LocalState, version: tuple[int, int]) -> SlurmSite:
-    """Return where a cluster on this machine has its Slurm: loopback addresses, its own directories, simulated hardware."""
+    """Return where a cluster on this machine has its Slurm: loopback addresses, its own directories, simulated
+    hardware."""
     return SlurmSite(
         version=version,
         controller_host=socket.gethostname().partition(".")[0],
@@ -195,7 +199,6 @@ def local_site(layout: Layout, state: LocalState, version: tuple[int, int]) -> S
         process_tracking="proctrack/linuxproc",
         task_plugin="task/none",
         job_accounting="jobacct_gather/linux",
-        return_to_service=2,
         parameters={
             "MailProg": "/bin/true",  # no job of a simulated cluster writes mail
             "MessageTimeout": "30",  # a loaded machine of two cores answers late

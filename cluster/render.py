@@ -1,13 +1,13 @@
 """From the description of a cluster to Slurm's configuration: the same code for production and for this machine.
 
-Pure: `render_slurm` makes texts, `accounting_plan` makes argument lists; nothing is read, written or run. What differs between a
-production cluster and one on this machine is in `SlurmSite` and nowhere else.
+Pure: `render_slurm` makes texts, `accounting_plan` makes argument lists; nothing is read, written or run. What
+differs between a production cluster and one on this machine is in `SlurmSite` and nowhere else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
@@ -19,10 +19,12 @@ from cluster.errors import InputError
 from cluster.settings import ClusterSpec, Pool, Project, Queue
 
 EVERYONE = Project(name="everyone", description="Everyone on this cluster (no projects are described)")
-"""The project of a cluster that describes none: with accounting on, Slurm takes jobs only from users of some account."""
+"""The project of a cluster that describes none: with accounting on, Slurm takes jobs only from users of some
+account."""
 
 _SEND_USER_SIGNAL_IS_PREEMPT_PARAMETER = (23, 11)
-"""From this version on the option lives in PreemptParameters; 22.05 refuses that key and takes it in SlurmctldParameters."""
+"""From this version on the option lives in PreemptParameters; 22.05 refuses that key and takes it in
+SlurmctldParameters."""
 _CGROUPS_CAN_BE_DISABLED = (23, 11)
 _DAY_MIN = 24 * 60
 _UNSAFE_IN_PATH = re.compile(r"[^A-Za-z0-9._/+@-]")
@@ -71,8 +73,6 @@ class SlurmSite:
     process_tracking: str = "proctrack/cgroup"
     task_plugin: str = "task/cgroup,task/affinity"
     job_accounting: str = "jobacct_gather/cgroup"
-    return_to_service: int = 1
-    """1: a node that was only silent comes back by itself, a rebooted one waits for an admin. 2: both come back."""
     scheduler_parameters: Sequence[str] = ("nohold_on_prolog_fail",)
     parameters: Mapping[str, str] = field(default_factory=dict)
     """Further lines of slurm.conf."""
@@ -81,8 +81,9 @@ class SlurmSite:
 def render_slurm(spec: ClusterSpec, site: SlurmSite) -> dict[str, str]:
     """Render the configuration as file name -> text.
 
-    `slurm.conf` always; `gres.conf` if there are GPUs; `slurmdbd.conf` if accounting is on (install it readable by the Slurm user
-    only, or slurmdbd refuses it); `cgroup.conf` for simulated hardware where the version would otherwise insist on cgroups.
+    `slurm.conf` always; `gres.conf` if there are GPUs; `slurmdbd.conf` if accounting is on (install it readable by
+    the Slurm user only, or slurmdbd refuses it); `cgroup.conf` for simulated hardware where the version would
+    otherwise insist on cgroups.
 
     Raises:
         InputError: A path holds a character that slurm.conf cannot carry, or the description asks for what only the
@@ -113,12 +114,15 @@ def render_slurm(spec: ClusterSpec, site: SlurmSite) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class AccountingCall:
-    """One thing that the accounting database must hold, as argument lists for `sacctmgr`, without the program's name."""
+    """One thing that the accounting database must hold, as argument lists for `sacctmgr`, without the program's
+    name."""
 
-    add: tuple[str, ...]
-    """Adds it with all its values. If it is there already, sacctmgr ends with status 1 and says that nothing new was added."""
-    modify: tuple[str, ...] = ()
-    """Sets its values where it was there already, so that a changed description is taken over; empty if it has none."""
+    arguments: tuple[str, ...]
+    """Adds it with all its values. If it is there already, sacctmgr ends with status 1 and says that nothing new was
+    added."""
+    if_present: tuple[str, ...] = ()
+    """Sets its values where it was there already, so that a changed description is taken over; empty if it has
+    none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +135,12 @@ class AccountingPlan:
     """In order, once slurmctld has registered: before that the database knows no `gres/gpu` that could be limited."""
 
 
-def accounting_plan(spec: ClusterSpec, users: Iterable[str] = ()) -> AccountingPlan:
-    """Plan the accounting database: a QOS for each queue, an account for each project, an association for each member.
+def accounting_plan(spec: ClusterSpec, users: Sequence[str] = ()) -> AccountingPlan:
+    """Plan the accounting database: a QOS for each queue, an account for each project, an association for each
+    member.
 
-    A project's `budget_gpu_hours` is no Slurm limit here: over budget the low queue must remain open, which GrpTRESMins of an
-    account cannot say.
+    A project's `budget_gpu_hours` is no Slurm limit here: over budget the low queue must remain open, which
+    GrpTRESMins of an account cannot say.
 
     Args:
         spec: The cluster; without accounting the plan is empty.
@@ -144,22 +149,36 @@ def accounting_plan(spec: ClusterSpec, users: Iterable[str] = ()) -> AccountingP
     if not spec.accounting.enabled:
         return AccountingPlan(before_controller=(), after_controller=())
     scope = f"Cluster={spec.name}"
-    before = [AccountingCall(add=("add", "cluster", spec.name))]
+    before = [AccountingCall(arguments=("add", "cluster", spec.name))]
     for queue in spec.queues:
         exempt_s = _whole_seconds(queue.minimum_run)
         exempt = f"PreemptExemptTime={slurm_time(timedelta(seconds=exempt_s))}" if exempt_s else "PreemptExemptTime=-1"
         values = (exempt, f"Description=queue {queue.name}")
-        before.append(AccountingCall(add=("add", "qos", queue.name, *values), modify=("modify", "qos", queue.name, "set", *values)))
+        add = ("add", "qos", queue.name, *values)
+        before.append(AccountingCall(arguments=add, if_present=("modify", "qos", queue.name, "set", *values)))
     after = []
-    everyone = list(users)
+    has_default: set[str] = set()
     for project in spec.projects or (EVERYONE,):
         names = (f"Description={project.description or project.name}", f"Organization={spec.name}")
         limits = _limits(spec, project)
-        add = ("add", "account", project.name, scope, *names, *limits)
-        after.append(AccountingCall(add=add, modify=("modify", "account", project.name, "where", scope, "set", *limits)))
-        members = list(dict.fromkeys([*project.users, *everyone]))
+        after.append(
+            AccountingCall(
+                arguments=("add", "account", project.name, scope, *names, *limits),
+                if_present=("modify", "account", project.name, "where", scope, "set", *limits),
+            )
+        )
+        members = list(dict.fromkeys([*project.users, *users]))
         if members:
-            after.append(AccountingCall(add=("add", "user", ",".join(members), f"Account={project.name}", scope)))
+            after.append(AccountingCall(arguments=("add", "user", ",".join(members), f"Account={project.name}", scope)))
+        if "root" in members and "root" not in has_default:
+            # A new user's first account becomes the default one. root is never new: Slurm itself put it into account
+            # root.
+            after.append(
+                AccountingCall(
+                    arguments=("modify", "user", "root", "where", scope, "set", f"DefaultAccount={project.name}")
+                )
+            )
+        has_default.update(members)
     return AccountingPlan(before_controller=tuple(before), after_controller=tuple(after))
 
 
@@ -224,8 +243,8 @@ def _context(spec: ClusterSpec, site: SlurmSite) -> dict[str, object]:
 def _scheduler_parameters(spec: ClusterSpec) -> list[str]:
     """Return the schedulers' rhythm, and a backfill window that sees past the longest time limit.
 
-    With a shorter window backfill cannot plan around jobs that end later, and large jobs starve; SchedMD advises to coarsen the
-    resolution in proportion (slurm.conf(5), bf_window).
+    With a shorter window backfill cannot plan around jobs that end later, and large jobs starve; SchedMD advises to
+    coarsen the resolution in proportion (slurm.conf(5), bf_window).
     """
     longest = max((queue.time_limit for queue in spec.queues if queue.time_limit is not None), default=timedelta(0))
     window_min = max(_DAY_MIN, -int(-longest.total_seconds() // 60))
@@ -246,8 +265,9 @@ def _global_minimum_run_s(spec: ClusterSpec) -> int:
         return 0
     values = {_whole_seconds(queue.minimum_run) for queue in spec.queues if queue.preemption != "off"}
     if len(values) > 1:
+        shown = ", ".join(f"{value} s" for value in sorted(values))
         raise InputError(
-            f"queues[].minimum_run: the preemptible queues have different values ({', '.join(f'{value} s' for value in sorted(values))}); "
+            f"queues[].minimum_run: the preemptible queues have different values ({shown}); "
             "without accounting Slurm knows only one for the whole cluster; make them equal or set accounting.enabled: true"
         )
     return values.pop() if values else 0
