@@ -330,6 +330,22 @@ def _last_state(found: Any) -> str:
     return str(found.job.state if found.job is not None else found.records[-1].state)
 
 
+@jobs_app.command("clear")
+def clear(job: Annotated[str, typer.Argument(help="Id or name of a job, or a run directory.")]) -> None:
+    """Let a run that has given up after too many failures try again, once its cause is mended."""
+    from jobs.journal import RunDirectory
+    from jobs.lookup import find_job
+
+    directory = Path(job) if Path(job).is_dir() else find_job(_slurm(), job, user=getpass.getuser()).run_directory
+    if directory is None:
+        raise NotFoundError(f"job {job}: was not submitted by Muster, so it has no run directory")
+    run = RunDirectory(directory)
+    if run.failure is None:
+        raise StateError(f"{directory}: this run has not given up, so there is nothing to clear")
+    run.clear_failures()
+    console().print(f"{directory}: may try again; submit it", highlight=False)
+
+
 @jobs_app.command("why")
 def why(job: JobArgument, as_json: AsJson = False) -> None:
     """Explain in words why a job waits, was requeued, or ended."""

@@ -9,22 +9,25 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import signal
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from cluster.errors import InterruptedRunError, JobError, MusterError
+from cluster.errors import InterruptedRunError, JobError, MissingError, MusterError, OutsideError
+from jobs.interruption import StopSignals
 from jobs.jobspec import JobSpec
+from jobs.journal import Ending, EndReason, RunDirectory
+from jobs.process_group import RankInfo, read_rank_info
+from jobs.requeue import REQUEUE_EXIT_CODE, Requeuer
+
+if TYPE_CHECKING:
+    from jobs.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-_SHELL_CANNOT_RUN = (
-    126  # what a shell answers for a program that is there and cannot be run, and the next for one that is not
-)
-_SHELL_CANNOT_FIND = 127
 _KILLED_BASE = 128  # a shell's exit status for a program ended by signal n is 128 + n
 
 
@@ -52,16 +55,15 @@ class Task:
         if self.index is not None:
             os.environ["MUSTER_ARRAY_INDEX"] = str(self.index)
             os.environ["MUSTER_RUN_DIRECTORY"] = self.directory
+        directory = Path(self.directory)
         try:
-            spec = read_run(Path(self.directory))
-            if spec.kind == "command":
-                run_command(spec)
+            spec = read_run(directory)
+            if spec.kind == "training":
+                from jobs.train import train
+
+                train(training_config(spec, directory))
             else:
-                _add_user_path()
-                run_entry_point(spec, Path(self.directory))
-        except InterruptedRunError as stop:
-            logger.info("%s", stop)
-            sys.exit(stop.exit_code)
+                run_attempt(spec, directory)
         except MusterError as error:
             logger.error("%s", error)
             sys.exit(error.exit_code)
@@ -75,34 +77,89 @@ class Task:
             JobError: It would be refused there; the message lists every mistake.
         """
         if spec.kind == "training":
-            _check_training(spec, directory)
+            training_config(spec, directory).micro_batch_size(spec.nodes * spec.tasks)
+        elif spec.entry == "jobs.preprocess":
+            from cluster.yamlfile import YamlDocument, validate
+            from jobs.preprocess_settings import PreprocessConfig
+
+            validate(PreprocessConfig, YamlDocument(spec.config, {}, "config"), error_type=JobError)
 
 
-def run_command(spec: JobSpec) -> None:
-    """Run the job's command and leave with its exit code, unless that is 0.
+class ProgramEnded(OutsideError):
+    """The job's command, or its entry point, ended with an exit code of its own, which the task hands on."""
 
-    Slurm signals every process of a task. So the signals reach the command without help, and this process only has to
-    outlive them.
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc] # a class's constant elsewhere in the tree; here the program decides
+
+
+def run_attempt(spec: JobSpec, directory: Path) -> None:
+    """Run a command or an entry point with a journal and a way back into the queue; leaves by SystemExit unless all is well.
+
+    A program that ends because the job is preempted comes back, and so does one that asks for it with exit code 75. One that
+    fails comes back `retries` times. One that runs into its time limit without asking for more is left there: it would only run
+    into it again.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
-        signal.signal(number, _outlive)
+    with StopSignals() as stop:
+        info = read_rank_info(os.environ)
+        run = RunDirectory(directory)
+        requeuer = Requeuer(info, run, stop=stop, retries=spec.allowed_retries)
+        try:
+            run.begin_attempt(
+                info, 0, retries=spec.allowed_retries, is_job_alive=requeuer.is_job_alive, explain=requeuer.explain
+            )
+            code = run_command(spec) if spec.kind == "command" else call_entry_point(spec)
+            if code == 0:
+                run.end_attempt(EndReason.FINISHED, None)
+                return
+            if code != REQUEUE_EXIT_CODE and stop.requested is None:
+                raise ProgramEnded(f"{_program(spec)} ended with exit code {code}", code)
+            code = _leave(requeuer, run, info, code)
+        except InterruptedRunError as error:
+            logger.info("%s", error)
+            code = requeuer.leave_early()
+        except Exception as error:  # of whatever kind: the journal and the other ranks must hear of it
+            logger.error("%s", error, exc_info=not isinstance(error, MusterError))
+            code = requeuer.leave_after_crash(error)
+    sys.exit(code)
+
+
+def _leave(requeuer: Requeuer, run: RunDirectory, info: RankInfo, code: int) -> int:
+    """Settle an attempt whose program ended because it was told to; returns the exit code."""
+    if code == REQUEUE_EXIT_CODE:
+        return requeuer.leave_early()
+    cause = requeuer.find_cause()
+    if cause.reason is not EndReason.TIME_LIMIT:
+        return requeuer.leave_early()
+    message = "at its time limit, without asking (exit code 75) to go on"
+    logger.info("ended %s", message)
+    if run.claim_ending(info):
+        run.write_ending(info, Ending(code, cause.reason, message))
+    run.end_attempt(cause.reason, None, message=message)
+    return code
+
+
+def run_command(spec: JobSpec) -> int:
+    """Run the job's command and return its exit code, or for one ended by signal n what a shell makes of it, 128 + n.
+
+    Slurm signals every process of a task. So the signals reach the command without help, and this process (`StopSignals`) only
+    takes note of them.
+    """
     argv = [*spec.command, *spec.arguments]
-    logger.info("running %s", " ".join(argv))
+    logger.info("running %s", shlex.join(argv))
     try:
         # Handlers set in Python do not survive into the new program: it starts with the signals' own defaults.
         returncode = subprocess.run(argv, env=command_environment(os.environ), check=False).returncode
-    except FileNotFoundError:
-        logger.error(
-            "%s: not found on node %s; is it on a file system that every node has?", argv[0], os.uname().nodename
-        )
-        sys.exit(_SHELL_CANNOT_FIND)
+    except FileNotFoundError as error:
+        node = os.uname().nodename
+        raise MissingError(
+            f"{argv[0]}: not found on node {node}; is it on a file system that every node has?"
+        ) from error
     except OSError as error:
-        logger.error("%s: cannot be run: %s", argv[0], error.strerror)
-        sys.exit(_SHELL_CANNOT_RUN)
-    if returncode:
-        code = returncode if returncode > 0 else _KILLED_BASE - returncode
-        logger.info("%s ended with exit code %d", argv[0], code)
-        sys.exit(code)
+        raise MissingError(
+            f"{argv[0]}: cannot be run: {error.strerror}; check its mode, and the first line of a script"
+        ) from error
+    return returncode if returncode >= 0 else _KILLED_BASE - returncode
 
 
 def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -116,28 +173,25 @@ def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def run_entry_point(spec: JobSpec, directory: Path) -> None:
-    """Import the entry point and call it: the trainer with its checked configuration, others with the mapping `config`."""
+def call_entry_point(spec: JobSpec) -> int:
+    """Import the entry point and call it with the mapping `config`; returns its exit code, 0 if it returns nothing."""
     assert spec.entry is not None
-    if spec.kind == "training":
-        from jobs.train import train
-
-        train(training_config(spec, directory))
-        return
+    _add_user_path()
     module_name, _, function_name = spec.entry.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise JobError(f"entry: {module_name} cannot be imported ({error}); is its directory in PYTHONPATH?") from error
+        raise MissingError(
+            f"entry: {module_name} cannot be imported ({error}); is its directory in PYTHONPATH?"
+        ) from error
     function = getattr(module, function_name or "main", None)
     if not callable(function):
         raise JobError(f"entry: {module_name} has no function {function_name or 'main'}; write module:function")
     code = function(dict(spec.config))
-    if isinstance(code, int) and code:
-        sys.exit(code)
+    return code if isinstance(code, int) else 0
 
 
-def training_config(spec: JobSpec, directory: Path) -> Any:
+def training_config(spec: JobSpec, directory: Path) -> TrainConfig:
     """Return the TrainConfig of a training job, with the run directory that the job has.
 
     Raises:
@@ -147,12 +201,13 @@ def training_config(spec: JobSpec, directory: Path) -> Any:
     from jobs.settings import TrainConfig
 
     values = {**spec.config, "run_directory": str(directory)}
+    if spec.retries is not None:
+        values["retries"] = spec.retries
     return validate(TrainConfig, YamlDocument(values, {}, "config"), error_type=JobError)
 
 
-def _check_training(spec: JobSpec, directory: Path) -> None:
-    config = training_config(spec, directory)
-    config.micro_batch_size(spec.nodes * spec.tasks)
+def _program(spec: JobSpec) -> str:
+    return spec.entry if spec.entry is not None else spec.command[0]
 
 
 def _set_up_plain_logging() -> None:
@@ -168,7 +223,3 @@ def _add_user_path() -> None:
     for entry in os.environ.get("MUSTER_PYTHONPATH", "").split(os.pathsep):
         if entry and entry not in sys.path:
             sys.path.append(entry)
-
-
-def _outlive(number: int, frame: object) -> None:
-    """Do nothing. Unlike SIG_IGN, a handler is not inherited by the command, which must hear the signal."""

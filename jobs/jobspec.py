@@ -237,8 +237,9 @@ class JobSpec(Section):
     container: Container | None = None
     exclude: Annotated[tuple[str, ...], BeforeValidator(_as_list_of_hosts)] = ()
     """Nodes to stay away from, as names or host lists: `[gpu-3, "gpu-[7-9]"]`."""
-    retries: int = Field(default=3, ge=0, le=1000)
-    """How often a failed attempt is followed by another one without progress in between. Preemption does not count."""
+    retries: int | None = Field(default=None, ge=0, le=1000)
+    """How often a failed attempt is followed by another one without progress in between: 3 for training, 0 for anything else,
+    unless you say. Preemption does not count."""
     run_directory: Path | None = None
     """Where everything of this run is kept; `runs/NAME` on the shared file system, unless you say."""
     slurm: Annotated[dict[str, str | int | bool], AfterValidator(_check_slurm_options)] = Field(default_factory=dict)
@@ -283,6 +284,13 @@ class JobSpec(Section):
     def tasks(self) -> int:
         """Tasks on each node, with the default filled in."""
         return self.tasks_per_node if self.tasks_per_node is not None else max(1, self.gpus)
+
+    @property
+    def allowed_retries(self) -> int:
+        """How often a failure is followed by another attempt, with the default filled in."""
+        if self.retries is not None:
+            return self.retries
+        return int(self.config.get("retries", 3)) if self.kind == "training" else 0
 
     def task(self, index: int) -> JobSpec:
         """Return the job that element `index` of the array is."""

@@ -187,9 +187,9 @@ def journal_attempts(run: Path | None, job_id: str) -> list[Attempt]:
 
 def _as_attempt(record: AttemptRecord) -> Attempt:
     steps = f"steps {record.first_step} to {record.last_step}" if record.last_step else ""
-    lost = (
-        f"{record.seconds_lost:.0f} s lost" if record.seconds_lost else "nothing lost" if steps and record.ended else ""
-    )
+    lost = ""
+    if steps and record.ended is not None:
+        lost = f"{record.seconds_lost:.0f} s lost" if record.seconds_lost else "nothing lost"
     outcome = "" if record.reason is None else record.reason.value
     if record.message:
         outcome += f" ({record.message})"

@@ -14,7 +14,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cluster.errors import JobError, StateError
@@ -45,8 +45,8 @@ class RunFolder:
         return sorted({name for name in names if name.isdecimal()}, key=int)
 
     @contextlib.contextmanager
-    def claimed(self, slurm: SlurmClient) -> Iterator[None]:
-        """Hold the run directory while a job is submitted for it; put everything back if that fails.
+    def claimed(self, slurm: SlurmClient, spec: JobSpec) -> Iterator[None]:
+        """Hold the run directory while `spec` is submitted for it; put everything back if that fails.
 
         Raises:
             StateError: A live job uses it, its run is finished, or another submission is going on.
@@ -59,7 +59,7 @@ class RunFolder:
         lock = os.open(self.path, os.O_RDONLY)
         try:
             self._lock(lock)
-            self._refuse_if_in_use(slurm)
+            self._refuse_if_in_use(slurm, spec)
             try:
                 yield
             except BaseException:
@@ -90,7 +90,7 @@ class RunFolder:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
 
-    def _refuse_if_in_use(self, slurm: SlurmClient) -> None:
+    def _refuse_if_in_use(self, slurm: SlurmClient, spec: JobSpec) -> None:
         ids = self.job_ids()
         live = [job for job in slurm.jobs(job_ids=ids) if not job.is_ended] if ids else []
         if live:
@@ -104,6 +104,21 @@ class RunFolder:
         if all(RunDirectory(element).is_finished for element in elements):
             raise StateError(
                 f"{self.path}: this run is finished; choose another name or run_directory, or remove it to do it again"
+            )
+        self._settle_failures(elements, spec)
+
+    def _settle_failures(self, elements: Iterable[Path], spec: JobSpec) -> None:
+        """Refuse a training that has given up until it is cleared; to submit anything else again clears it."""
+        for element in elements:
+            run = RunDirectory(element)
+            if run.failure is None:
+                continue
+            if spec.kind != "training":
+                run.clear_failures()
+                continue
+            raise StateError(
+                f"{element}: this run has given up:\n{run.failure.rstrip()}\n"
+                f"When the cause is mended, `muster jobs clear {element}`, and submit it again"
             )
 
     def _put_back(self, kept: dict[Path, bytes | None], before: set[Path]) -> None:

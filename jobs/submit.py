@@ -144,7 +144,7 @@ class Launcher:
         if spec.array is not None:
             elements = {directory / str(index): spec.task(index) for index in range(spec.array.count)}
         folder = RunFolder(directory)
-        with folder.claimed(self._slurm):
+        with folder.claimed(self._slurm, spec):
             for path, element in elements.items():
                 folder.write_job(path, element)
             tasks = [Task(str(path), index=None if spec.array is None else i) for i, path in enumerate(elements)]
@@ -160,7 +160,7 @@ class Launcher:
             python += " -I"  # PYTHONSAFEPATH is new in 3.11; isolated mode keeps the working directory out as well
         executor = _Executor(directory / "slurm", slurm=self._slurm, python=python, environment=self._environment)
         executor.limit_min = _minutes(placement)
-        executor.max_num_timeout = spec.retries
+        executor.max_num_timeout = spec.allowed_retries
         executor.update_parameters(**self._parameters(spec, placement, directory))
         return executor
 
@@ -189,7 +189,7 @@ class Launcher:
             "stderr_to_stdout": True,
             "signal_delay_s": 0 if placement.warning is None else int(placement.warning.total_seconds()),
             "setup": self._setup(spec, directory),
-            "teardown": self._teardown(),
+            "teardown": self._teardown(spec),
             "srun_args": self._srun_arguments(spec, placement, directory),
             "additional_parameters": additional,
         }
@@ -219,15 +219,16 @@ class Launcher:
         ]
         return str(root) if root in entries else None
 
-    def _teardown(self) -> list[str]:
-        if self._cluster is not None:
-            back = f"exit {self._cluster.scheduling.requeue_exit_code}"  # RequeueExit brings it back
-        else:
-            back = 'scontrol requeue "$SLURM_JOB_ID"'
+    def _teardown(self, spec: JobSpec) -> list[str]:
+        run = '"$MUSTER_RUN_DIRECTORY"' if spec.array is None else '"$MUSTER_RUN_DIRECTORY/$SLURM_ARRAY_TASK_ID"'
+        python = shlex.quote(sys.executable) + (" -I" if sys.version_info < (3, 11) else "")
         return [
+            "# All ranks may have been killed at once, before one of them could say whether the job is to come back.",
             "status=$?",
-            "# 143: ended by SIGTERM before it could save, as when it is preempted while it starts. Not lost: it begins again.",
-            f'if [ "$status" -eq 143 ]; then {back}; fi',
+            'if [ "$status" -ne 0 ]; then',
+            f'    {python} -m jobs.requeue --run-directory {run} --status "$status" --retries {spec.allowed_retries}',
+            "    status=$?",
+            "fi",
             'exit "$status"',
         ]
 
