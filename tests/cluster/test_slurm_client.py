@@ -135,6 +135,18 @@ def test_json_of_an_unknown_shape_falls_back_to_text() -> None:
     assert len(client.nodes()) == 5
 
 
+def test_an_empty_list_beside_an_error_is_no_empty_queue() -> None:
+    """22.05 ends well and prints this where slurmctld is away (captured); text then tells the cause."""
+    client, shell = client_22_05()
+    error = '{"error": "Unspecified error", "error_number": -1, "source": "slurm_load_jobs"}'
+    shell.answers["squeue --all --states=all --json"] = [f'{{"errors": [{error}], "jobs": []}}']
+    shell.answers["scontrol --all --oneliner --details show jobs"] = [
+        (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    ]
+    with pytest.raises(SlurmError, match="scontrol ping"):
+        client.jobs()
+
+
 def test_an_answer_that_cannot_be_read_at_all_is_an_error() -> None:
     """Never an empty list in place of a cluster."""
     client, shell = client_22_05()
