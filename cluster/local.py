@@ -113,6 +113,8 @@ class LocalCluster:
         self.layout.check(spec)
         start = Start(self.layout, spec, self._shell, self._processes, progress or (lambda _step: None))
         start.check()
+        if self.layout.directory.exists():
+            self._check_owner()
         with locked(self.layout.directory):
             self._refuse_if_alive()
             if self._processes.find(self.layout.directory) or self.layout.state_file.exists():
@@ -120,10 +122,12 @@ class LocalCluster:
             self._end_processes()
             self._clear()
             try:
-                start.run(avoid_ports=self._ports_of_others())
+                start.run()
             except BaseException:
                 self._end_processes()
                 self._clear(keep_logs=True)
+                with contextlib.suppress(OSError):  # there are logs in it, to be read
+                    self.layout.directory.rmdir()
                 raise
 
     def down(self, *, keep_logs: bool = False) -> None:
@@ -291,10 +295,6 @@ class LocalCluster:
             raise MissingError(
                 f"cluster {self.name} belongs to {pwd.getpwuid(uid).pw_name}; ask them, or run this as root"
             )
-
-    def _ports_of_others(self) -> set[int]:
-        states = (read_state(layout) for layout in list_layouts(self.layout.directory.parent) if layout != self.layout)
-        return {port for state in states if state is not None for port in state.ports()}
 
     def _not_found(self) -> NotFoundError:
         names = [layout.name for layout in list_layouts(self.layout.directory.parent)]

@@ -222,6 +222,12 @@ def list_layouts(root: Path) -> list[Layout]:
         raise MissingError(f"{root}: may not be read; set MUSTER_LOCAL_ROOT to a directory of your own") from error
 
 
+def ports_of_others(layout: Layout) -> set[int]:
+    """Return the ports of the other clusters under the same root, whose daemons may be down for the moment."""
+    states = (read_state(other) for other in list_layouts(layout.directory.parent) if other != layout)
+    return {port for state in states if state is not None for port in state.ports()}
+
+
 def write_file(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Write `path` whole: beside it first, then renamed; never for a moment more open than `mode`."""
     beside = path.with_name(f".{path.name}.new")

@@ -99,8 +99,7 @@ class ProcessTable:
                 )
 
     def _open(self, process: ClusterProcess, directory: Path, stack: contextlib.ExitStack) -> int | None:
-        """Open a pidfd and only then check whose the pid is: from there on the descriptor means that process
-        alone."""
+        """Open a pidfd and only then check whose the pid is: from there on it means that process alone."""
         try:
             descriptor = os.pidfd_open(process.pid)
         except ProcessLookupError:

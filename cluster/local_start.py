@@ -1,5 +1,4 @@
-"""The way up of a cluster on this machine: files, daemons, accounts, nodes, in the order that they need each
-other."""
+"""The way up of a cluster on this machine: files, daemons, accounts and nodes, in the order of their needs."""
 
 from __future__ import annotations
 
@@ -9,13 +8,13 @@ import os
 import pwd
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cluster.errors import OutsideError
 from cluster.local_daemons import Daemons, slurm_version, tail_of_log
-from cluster.local_layout import Layout, LocalState, locked, make_directory, write_file
+from cluster.local_layout import Layout, LocalState, locked, make_directory, ports_of_others, write_file
 from cluster.local_node import Nodes
 from cluster.local_ports import LOOPBACK, held_ports
 from cluster.local_processes import ProcessTable, wait_until
@@ -71,18 +70,14 @@ class Start:
             find_program(program)
         self._nodes.check_namespaces()
 
-    def run(self, *, avoid_ports: Collection[int]) -> None:
-        """Start everything and wait until all nodes are idle.
-
-        Args:
-            avoid_ports: Ports of other clusters, whose daemons may be down for the moment.
-        """
+    def run(self) -> None:
+        """Start everything and wait until all nodes are idle."""
         version = slurm_version(self._shell)
         num_nodes = sum(pool.nodes for pool in self._spec.pools)
         with contextlib.ExitStack() as ports:
             # One search at a time under this root, so that two clusters on their way up see each other's choice.
             with locked(self._layout.directory.parent):
-                first = ports.enter_context(held_ports(2 + num_nodes, avoid=avoid_ports))
+                first = ports.enter_context(held_ports(2 + num_nodes, avoid=ports_of_others(self._layout)))
                 state = LocalState(
                     name=self._layout.name,
                     phase="starting",
@@ -171,8 +166,7 @@ class Start:
 
 
 def local_site(layout: Layout, state: LocalState, version: tuple[int, int]) -> SlurmSite:
-    """Return where a cluster on this machine has its Slurm: loopback addresses, its own directories, simulated
-    hardware."""
+    """Return where a cluster on this machine has its Slurm: on loopback, in its own directories, with no real GPU."""
     return SlurmSite(
         version=version,
         controller_host=socket.gethostname().partition(".")[0],

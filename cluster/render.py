@@ -26,6 +26,8 @@ _SEND_USER_SIGNAL_IS_PREEMPT_PARAMETER = (23, 11)
 """From this version on the option lives in PreemptParameters; 22.05 refuses that key and takes it in
 SlurmctldParameters."""
 _CGROUPS_CAN_BE_DISABLED = (23, 11)
+_SHORTEST_HOLD_S = 5
+"""Slurm 22.05 calls a cred_expire below this invalid and takes its default of 120 s instead, the opposite of what was meant."""
 _DAY_MIN = 24 * 60
 _UNSAFE_IN_PATH = re.compile(r"[^A-Za-z0-9._/+@-]")
 
@@ -114,8 +116,7 @@ def render_slurm(spec: ClusterSpec, site: SlurmSite) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class AccountingCall:
-    """One thing that the accounting database must hold, as argument lists for `sacctmgr`, without the program's
-    name."""
+    """One thing that the accounting database must hold, as arguments for `sacctmgr`."""
 
     arguments: tuple[str, ...]
     """Adds it with all its values. If it is there already, sacctmgr ends with status 1 and says that nothing new was
@@ -217,7 +218,7 @@ def _context(spec: ClusterSpec, site: SlurmSite) -> dict[str, object]:
         "has_gpus": has_gpus,
         "preempts": any(queue.preemption != "off" for queue in spec.queues),
         "preempt_exempt_s": _global_minimum_run_s(spec),
-        "auth_info": ",".join([*socket, f"cred_expire={_whole_seconds(scheduling.requeue_hold)}"]),
+        "auth_info": ",".join([*socket, f"cred_expire={max(_SHORTEST_HOLD_S, _whole_seconds(scheduling.requeue_hold))}"]),
         "communication_parameters": ["NoCtldInAddrAny", "NoInAddrAny"] if site.loopback_only else [],
         "slurmd_parameters": ["config_overrides"] if site.simulated_hardware else [],
         "scheduler_parameters": [*site.scheduler_parameters, *_scheduler_parameters(spec)],
