@@ -220,16 +220,7 @@ class RunDirectory:
                 self._give_up(failures)
                 self._refuse_if_given_up()
             number = attempts[-1].number + 1 if attempts else 1
-            self._append(
-                "begin",
-                attempt=number,
-                job_id=info.job_id,
-                restart_count=info.restart_count,
-                cluster=info.cluster,
-                nodes=list(info.nodes),
-                world_size=info.world_size,
-                first_step=start_step,
-            )
+            self._append_begin(number, info, start_step)
             self._current = self.attempts()[-1]
         except BaseException:
             self._lock.release()
@@ -300,6 +291,32 @@ class RunDirectory:
     def read_ending(self, info: RankInfo) -> Ending | None:
         """Return how the claiming rank has settled the attempt; None while it has not."""
         return self._ending(info.job_id, info.restart_count)
+
+    def is_ending_claimed(self, info: RankInfo) -> bool:
+        """Say whether some rank is about to settle this attempt, or has."""
+        return (self._crash_folder(info.job_id, info.restart_count) / "ending").exists()
+
+    def end_unbegun(self, info: RankInfo, ending: Ending) -> None:
+        """Note an attempt that failed before rank 0 could begin it, so that it counts; nothing if it has begun."""
+        attempts = self.attempts()
+        last = attempts[-1] if attempts else None
+        if last is not None and (last.job_id, last.restart_count) == (info.job_id, info.restart_count):
+            return
+        committed = [attempt.committed_step or attempt.first_step for attempt in attempts]
+        first_step = max(committed, default=0)
+        number = last.number + 1 if last is not None else 1
+        self._append_begin(number, info, first_step)
+        self._append(
+            "end",
+            attempt=number,
+            reason=ending.reason.value,
+            message=ending.message[:_MESSAGE_CHARS],
+            step=first_step,
+            committed_step=None,
+            seconds_lost=None,
+            failing_rank=ending.rank,
+            failing_node=ending.node,
+        )
 
     def _ending(self, job_id: str | None, restart_count: int) -> Ending | None:
         value = _read_json(self._crash_folder(job_id, restart_count) / "ending")
@@ -460,6 +477,18 @@ class RunDirectory:
         except FileNotFoundError:
             return []
         return read_events(text)
+
+    def _append_begin(self, number: int, info: RankInfo, first_step: int) -> None:
+        self._append(
+            "begin",
+            attempt=number,
+            job_id=info.job_id,
+            restart_count=info.restart_count,
+            cluster=info.cluster,
+            nodes=list(info.nodes),
+            world_size=info.world_size,
+            first_step=first_step,
+        )
 
     def _append(self, event: str, **fields: Any) -> None:
         """Append one line, whole or not at all as far as readers see: a torn line before it is closed off first."""

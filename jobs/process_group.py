@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import JobError, MusterError, OutsideError
 from cluster.hostlist import expand
+from cluster.slurm import SlurmCliClient, SlurmClient
 
 if TYPE_CHECKING:
-    from cluster.slurm import SlurmClient
     from jobs.interruption import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def open_process_group(
         timeout_s: How long to wait for the last rank to arrive.
         collective_timeout_s: Deadline of each later collective.
         stop: Looked at while waiting, so that a preemption during start-up is not sat out.
-        slurm: Asked for the first node's address when its name does not resolve.
+        slurm: Asked for the first node's address when its name does not resolve; by default the cluster that the job runs on.
 
     Raises:
         OutsideError: Not all ranks arrived: the message names the missing ranks, the nodes and the port.
@@ -209,6 +210,8 @@ def open_process_group(
 
 def close_process_group() -> None:
     """End torch.distributed in this process if it runs. Not a collective: call it when the ranks are known to be done."""
+    if "torch.distributed" not in sys.modules:
+        return
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -255,30 +258,54 @@ def _open_store(info: RankInfo, deadline: float, stop: StopSignals | None, slurm
 
 def _gather_everyone(info: RankInfo, store: Any, deadline: float, stop: StopSignals | None) -> None:
     """Hold a roll call at rank 0, so that a missing rank is named and everyone hears of it, not only who waits for it."""
-    store.set(f"here/{info.rank}", info.node)
-    if info.rank == 0:
-        missing = list(range(info.world_size))
-        while missing:
-            missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
-            if missing and time.monotonic() > deadline:
-                store.set("verdict", f"missing {','.join(map(str, missing))}")
-                raise OutsideError(_missing_message(info, missing))
-            if missing:
-                _give_way(stop)
-                time.sleep(0.02 if len(missing) < info.world_size // 2 else _POLL_S / 5)
-        store.set("verdict", "complete")
-        return
+    try:
+        store.set(f"here/{info.rank}", info.node)
+        if info.rank == 0:
+            _call_the_roll(info, store, deadline, stop)
+        else:
+            _await_the_verdict(info, store, deadline, stop)
+    except RuntimeError as error:  # the store's connection to rank 0 broke
+        raise OutsideError(
+            f"rank {info.rank} on {info.node}: lost rank 0 at {info.master_address}:{info.master_port} while the ranks "
+            f"gathered ({str(error).splitlines()[0]}); its log says why"
+        ) from error
+
+
+def _call_the_roll(info: RankInfo, store: Any, deadline: float, stop: StopSignals | None) -> None:
+    missing = list(range(1, info.world_size))
+    while missing:
+        missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
+        if missing and time.monotonic() > deadline:
+            store.set("verdict", f"missing {','.join(map(str, missing))}")
+            came = [rank for rank in range(1, info.world_size) if rank not in missing]
+            _linger(store, [f"heard/{rank}" for rank in came])
+            raise OutsideError(_missing_message(info, missing))
+        if missing:
+            _give_way(stop)
+            time.sleep(0.05)
+    store.set("verdict", "complete")
+
+
+def _await_the_verdict(info: RankInfo, store: Any, deadline: float, stop: StopSignals | None) -> None:
     while not store.check(["verdict"]):
         _give_way(stop)
         if time.monotonic() > deadline + 10:  # rank 0 speaks first; past this it is gone
             raise OutsideError(
-                f"rank {info.rank} on {info.node}: rank 0 at {info.master_address}:{info.master_port} went silent while the "
-                "ranks gathered; its log says why"
+                f"rank {info.rank} on {info.node}: rank 0 at {info.master_address}:{info.master_port} said nothing while "
+                "the ranks gathered; is it from another attempt, or stuck? Its log says more"
             )
         time.sleep(0.05)
     verdict = store.get("verdict").decode()
     if verdict.startswith("missing "):
+        store.set(f"heard/{info.rank}", "")
         raise OutsideError(_missing_message(info, [int(rank) for rank in verdict.removeprefix("missing ").split(",")]))
+
+
+def _linger(store: Any, keys: Sequence[str]) -> None:
+    """Keep the store, which lives in this process, until everyone has read the bad news, for a few seconds at most."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and not all(store.check([key]) for key in keys):
+        time.sleep(0.05)
 
 
 def _missing_message(info: RankInfo, missing: Sequence[int]) -> str:
@@ -295,6 +322,8 @@ def _resolve_master(info: RankInfo, slurm: SlurmClient | None) -> str:
     try:
         socket.getaddrinfo(info.master_address, None)
     except OSError as error:
+        if slurm is None and info.job_id is not None:
+            slurm = SlurmCliClient(timeout_s=10.0)
         try:
             address = slurm.node(info.master_address).address if slurm is not None else None
         except MusterError as slurm_error:

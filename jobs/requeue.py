@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -217,7 +217,7 @@ class Requeuer:
             if note.is_after_effect and info.job_id is not None:
                 self._let_others_speak()
             if not self._run.claim_ending(info):
-                return self._follow_ending()
+                return self._follow_ending(step)
             first = first_failure(self._run.crash_notes(info.job_id, info.restart_count)) or note
             if isinstance(error, (InputError, StateError, MissingError)):
                 ending = Ending(own_code, EndReason.CRASHED, first.message, first.rank, first.node)
@@ -235,19 +235,61 @@ class Requeuer:
             self._sleep(_PAUSE_S)
 
     def _settle(self, ending: Ending, *, step: int | None) -> None:
-        """Tell the other ranks, and the journal if this is rank 0; else the next attempt puts it into the journal."""
+        """Tell the other ranks, and the journal (of an attempt that rank 0 has begun, rank 0 or the next attempt does that)."""
         self._run.write_ending(self._info, ending)
         with contextlib.suppress(OSError):
-            self._run.end_attempt(
-                ending.reason, step, message=ending.message, failing_rank=ending.rank, failing_node=ending.node
-            )
+            self._end_in_journal(ending, step)
+            self._run.end_unbegun(self._info, ending)
+
+    def _end_in_journal(self, ending: Ending, step: int | None, committed_step: int | None = None) -> None:
+        self._run.end_attempt(
+            ending.reason,
+            step,
+            message=ending.message,
+            committed_step=committed_step,
+            failing_rank=ending.rank,
+            failing_node=ending.node,
+        )
 
     def _leave_first(self, step: int, committed_step: int) -> int:
+        if self._run.is_ending_claimed(
+            self._info
+        ):  # the signal came because another rank has failed, and it settles that
+            return self._follow_ending(step, committed_step)
         cause = self.find_cause()
         logger.info("leaving at step %d: %s (%s)", step, cause.reason.value, cause.message)
+        code = self._act(cause)
+        if cause.reason is EndReason.REQUEUED and self._is_wanted_by_others():
+            cause = Cause(EndReason.PREEMPTED, "a job of a higher tier needs the nodes, and there is no grace")
         with contextlib.suppress(OSError):  # a journal that cannot be written must not keep the job from coming back
-            self._run.end_attempt(cause.reason, step, message=cause.message, committed_step=committed_step)
-        return self._act(cause)
+            self._end_in_journal(Ending(code, cause.reason, cause.message), step, committed_step)
+        return code
+
+    def _is_wanted_by_others(self) -> bool:
+        """Say whether a job of a higher tier waits for, or has just got, nodes of this job's queue.
+
+        What Slurm itself remembers of a preemption is gone once the job is requeued; this is as near as one can get.
+        """
+        job = self._own_job(tries=1)
+        try:
+            partitions = {partition.name: partition for partition in self._slurm.partitions()}
+            own = partitions.get((job.partition if job is not None else None) or "")
+            if own is None:
+                return False
+            above = [
+                partition.name
+                for partition in partitions.values()
+                if (partition.tier or 0) > (own.tier or 0) and set(partition.nodes) & set(self._info.nodes)
+            ]
+            others = self._slurm.jobs(partitions=above) if above else []
+        except MusterError as error:
+            logger.info("cannot tell whether this was a preemption: %s", error)
+            return False
+        recent = self._now() - timedelta(seconds=60)
+        return any(
+            other.is_pending or (other.is_running and other.start_time is not None and other.start_time > recent)
+            for other in others
+        )
 
     def _act(self, cause: Cause, *, exclude: Sequence[str] = ()) -> int:
         """Do what the cause asks for, and return the exit code."""
@@ -299,34 +341,43 @@ class Requeuer:
     def _end_crashed(self, first: CrashNote, own_code: int) -> Ending:
         """Find out whether the failure came from outside, and requeue, give up, or leave it at that."""
         info = self._info
+        rank, node = (None, None) if first.is_after_effect else (first.rank, first.node)
         if info.job_id is None:
-            return Ending(own_code, EndReason.CRASHED, first.message, first.rank, first.node)
+            return Ending(own_code, EndReason.CRASHED, first.message, rank, node)
         job = self._own_job()
         down_nodes = self._down_nodes(job)
         cause = judge(job, info, signal_name=None, now=self._now(), down_nodes=down_nodes)
+        bad = down_nodes
         if cause.reason in {EndReason.SIGNALLED, EndReason.UNKNOWN}:  # nothing from outside: the fault is in here
-            cause = Cause(EndReason.CRASHED, first.message, is_requeued=cause.is_requeued)
+            bad = (node,) if node is not None else self._silent_nodes()
+            suspects = f"; nothing was heard from {', '.join(bad)}" if node is None and bad else ""
+            cause = Cause(EndReason.CRASHED, first.message + suspects)
         elif cause.reason is EndReason.NODE_FAILURE:
             cause = replace(cause, message=f"{cause.message}; {first.message}")
-        is_own_fault = cause.reason is EndReason.CRASHED
         if not cause.comes_back:
             code = CANCELLED_EXIT_CODE
         elif cause.reason.is_failure and not self._run.may_retry(info, retries=self._retries):
-            self._run.give_up(f"the last one: rank {first.rank} on {first.node}: {first.message}")
+            self._run.give_up(f"the last one: rank {first.rank} on {first.node}: {cause.message}")
             code = own_code
         else:
-            bad = list(down_nodes) or ([first.node] if is_own_fault else [])
             code = self._act(cause, exclude=self._excludable(job, bad))
-        if not is_own_fault:
+        if cause.reason is not EndReason.CRASHED:
             return Ending(code, cause.reason, cause.message)
-        return Ending(code, cause.reason, cause.message, first.rank, first.node)
+        return Ending(code, cause.reason, cause.message, rank, node)
 
-    def _follow_ending(self) -> int:
-        """Wait for the rank that ends the attempt; its exit code is everybody's."""
+    def _silent_nodes(self) -> tuple[str, ...]:
+        """Return the nodes from which no note came, where others left some: the likely cause when all only lost a peer."""
+        heard = {note.node for note in self._run.crash_notes(self._info.job_id, self._info.restart_count)}
+        return tuple(node for node in self._info.nodes if node not in heard) if heard else ()
+
+    def _follow_ending(self, step: int | None = None, committed_step: int | None = None) -> int:
+        """Wait for the rank that settles the attempt; its exit code is everybody's. Rank 0 puts it into the journal."""
         deadline = self._clock() + _ENDING_TIMEOUT_S
         while self._clock() < deadline:
             ending = self._run.read_ending(self._info)
             if ending is not None:
+                with contextlib.suppress(OSError):
+                    self._end_in_journal(ending, step, committed_step)
                 return ending.code
             self._sleep(_PAUSE_S)
         return REQUEUE_EXIT_CODE
