@@ -31,6 +31,6 @@ bench: setup  ## Measure what docs/performance.md reports
 	@$(BIN)/python -m tests.benchmarks
 
 clean:  ## Stop the clusters that the demo and the tests left, and remove what was built here
-	@if [ -x $(BIN)/muster ]; then $(BIN)/muster local down --all --yes; fi
+	@if [ -x $(BIN)/muster ]; then $(BIN)/muster local down --all; fi
 	@rm -rf .venv .muster build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

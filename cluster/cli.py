@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,12 @@ VERBS: dict[str, Verb] = {
         "jobs.commands",
         "sbatch",
         "sbatch as ever; requeue, append-mode logs, queue and account are filled in where you gave none.",
-        {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--muster-help"]},
+        {
+            "ignore_unknown_options": True,
+            "allow_extra_args": True,
+            "allow_interspersed_args": False,  # a `--` behind the script is the script's own
+            "help_option_names": ["--muster-help"],
+        },
     ),
     "jobs": Verb("jobs.commands", "jobs_app", "List, show, follow, explain and cancel jobs."),
     "demo": Verb("jobs.demo", "demo", "The main job from end to end on this machine (make demo)."),
@@ -76,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with the exit code that `cluster.errors` documents."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     set_up_logging(0)
+    signal.signal(signal.SIGTERM, _end_as_if_interrupted)
     try:
         build_app(_chosen_verb(arguments, os.environ))(arguments, prog_name="muster")
     except MusterError as error:
@@ -108,6 +115,11 @@ def _root(
         typer.echo(f"muster {importlib.metadata.version('muster-hpc')}")
         raise typer.Exit
     set_up_logging(verbose)
+
+
+def _end_as_if_interrupted(_number: int, _frame: object) -> None:
+    """Turn SIGTERM into KeyboardInterrupt, so that whatever was started (a cluster, a temporary file) is tidied up."""
+    raise KeyboardInterrupt
 
 
 def _not_loaded() -> None:

@@ -92,7 +92,8 @@ class Story:
     @contextmanager
     def cluster_up(self, *, keep: bool) -> Iterator[None]:
         """Have a cluster for as long as the block runs."""
-        from cluster.local import LocalCluster, Step
+        from cluster.local import LocalCluster
+        from cluster.local_start import Step
         from cluster.slurm import SlurmCliClient
         from jobs.submit import Launcher
 
@@ -144,7 +145,7 @@ class Story:
         shards = self.directory / "shards"
         overrides = [f"config.output={shards}"]
         if self.size is not None:
-            overrides.append(f"config.size={self.size}")
+            overrides.append(f"config.image.size_px={self.size}")
         spec = _definition("preprocess-emoji", overrides, run_directory=self.runs / "preprocess")
         job_id = self.submit(spec)
         self.screen.event(
@@ -184,11 +185,18 @@ class Story:
     def interrupt(self, training: str) -> tuple[int, float]:
         """Let a high-priority job take the nodes. Returns the step training stopped at, and the seconds the high job waited."""
         nodes = sum(pool.nodes for pool in self.spec.pools)
-        changes = {"name": "urgent", "queue": "high", "nodes": nodes, "run_directory": self.runs / "urgent"}
+        whole = {
+            "nodes": nodes,
+            "gpus_per_node": min(pool.gpus_per_node for pool in self.spec.pools),
+            "tasks_per_node": 1,
+        }
+        changes = {"name": "urgent", "queue": "high", "run_directory": self.runs / "urgent", **whole}
         high = _definition("all-reduce", []).model_copy(update=changes)
         submitted = time.monotonic()
         high_id = self.submit(high)
-        self.screen.event("high priority job", f"job {high_id} needs all {nodes} nodes", style="bold yellow")
+        self.screen.event(
+            "high priority job", f"job {high_id} needs all {nodes} nodes, with every GPU", style="bold yellow"
+        )
         self.wait_for(
             high_id,
             high,
