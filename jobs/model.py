@@ -43,7 +43,7 @@ def build_model(settings: Model, *, height: int, width: int, seed: int) -> torch
             block_out_channels=settings.channels,
             down_block_types=tuple("AttnDownBlock2D" if on else "DownBlock2D" for on in attention),
             up_block_types=tuple("AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)),
-            attention_head_dim=min(settings.attention_head_channels, *settings.channels),
+            attention_head_dim=settings.attention_head_channels,
             norm_num_groups=settings.norm_groups,
             dropout=settings.dropout,
         )

@@ -79,7 +79,7 @@ class Model(Section):
     attention: tuple[bool, ...] | None = None
     """Whether each level has self-attention; by default only the lowest has."""
     attention_head_channels: int = Field(default=32, ge=1)
-    """Channels of one attention head."""
+    """Channels of one attention head; must divide those of every level with attention, and of the lowest."""
     norm_groups: int = Field(default=16, ge=1)
     """Groups of the group normalisation; must divide every entry of `channels`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -101,7 +101,7 @@ class Model(Section):
                 f"attention has {len(self.attention)} entries and channels has {len(self.channels)}; give one for each level"
             )
         attending = [c for c, on in zip(self.channels, self.attention_levels(), strict=True) if on]
-        odd = [c for c in {*attending, self.channels[-1]} if c % min(self.attention_head_channels, c)]
+        odd = [c for c in dict.fromkeys([*attending, self.channels[-1]]) if c % self.attention_head_channels]
         if odd:
             raise ValueError(
                 f"attention_head_channels ({self.attention_head_channels}) must divide the channels of levels with attention "

@@ -102,13 +102,12 @@ def set_up(config: TrainConfig, info: RankInfo, stop: StopSignals) -> Training:
         InterruptedRunError: A stop was asked for meanwhile.
     """
     micro_batch_size = config.micro_batch_size(info.world_size)
-    if info.world_size > 1:
-        os.environ.update(info.export())  # for accelerate, which knows nothing of Slurm
+    _tell_accelerate(info)
+    _set_up_arithmetic(config, info)
     open_process_group(info, stop=stop)
     ranks: Ranks = TorchRanks() if info.world_size > 1 else LoneRank()
     agreement = Agreement.open(info.world_size)
     accelerator = _make_accelerator(config)
-    _set_up_arithmetic(config, info)
 
     pictures = _open_pictures(config, ranks)
     height, width = picture_size(pictures)
@@ -226,15 +225,26 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
-        log_with=list(config.trackers),
+        log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(files.directory), logging_dir=str(files.tracker_logs)),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def _tell_accelerate(info: RankInfo) -> None:
+    """Put into the environment what accelerate reads: it knows nothing of Slurm. A single rank needs no process group."""
+    if info.world_size > 1:
+        os.environ.update(info.export())
+        return
+    for name in info.export():
+        os.environ.pop(name, None)
 
 
 def _set_up_arithmetic(config: TrainConfig, info: RankInfo) -> None:
     """Fix how sums are taken, as far as bits depend on it."""
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // info.local_world_size))
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // info.local_world_size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate chooses a number of its own
+    torch.set_num_threads(threads)
     if config.precision == "bf16":
         torch.set_float32_matmul_precision("high")
     if config.deterministic:
