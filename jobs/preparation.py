@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from cluster.errors import OutsideError
 from jobs.images import BadImageError, cut_margin, decode_rgb, encode_image, fit_square, render_svg
+from jobs.interruption import reset_signals_in_worker
 from jobs.preprocess_settings import ImageSettings
 from jobs.sources import Source
 
@@ -142,9 +143,10 @@ class _Worker:
 
 
 def _start_worker(source: Source, settings: ImageSettings) -> None:
-    # Slurm signals every process of a step. The parent alone decides when to stop, and ends its workers itself.
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    # Slurm signals every process of a step, a terminal every process in the foreground: the parent alone decides when to stop.
+    # From the parent itself TERM must still work, or a pool that has lost one worker waits for the others for ever.
+    reset_signals_in_worker()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Worker.source, _Worker.settings = source, settings
     threading.Thread(target=_leave_with_parent, name="parent-watch", daemon=True).start()
 

@@ -269,7 +269,8 @@ class PreprocessOutput:
     def _read_part(self, number: int) -> ShardPart | None:
         path = self._part_path(number)
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            # Opened here: given a path, numpy leaves a file that is no archive open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 about = json.loads(saved["about"].tobytes())
                 return ShardPart(
                     record=ShardRecord(**about["record"]),

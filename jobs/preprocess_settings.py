@@ -148,6 +148,16 @@ class PreprocessConfig(Section):
     progress_interval_s: float = Field(default=10.0, gt=0)
     """Seconds between lines of progress in logs."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _source_has_a_kind(cls, values: Any) -> Any:
+        source = values.get("source") if isinstance(values, dict) else None
+        if not isinstance(source, dict) or "kind" in source:
+            return values
+        if "path" in source:
+            raise ValueError("source has a path and no kind; add kind: folder (pictures) or kind: shards (tar files)")
+        return {**values, "source": {"kind": "openmoji", **source}}
+
     @model_validator(mode="after")
     def _limit_makes_sense(self) -> PreprocessConfig:
         whole = isinstance(self.max_bad, int) or self.max_bad.is_integer()
