@@ -22,6 +22,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """Either asks a trainer to save and leave: TERM from Slurm itself, USR2 from `--signal=USR2@N` and submitit."""
 
 
+_PARENT_CHECK_S = 0.5
+
+
 class StopSignals:
     """Notes TERM and USR2 while its `with` block runs, and does nothing else with them.
 
@@ -209,10 +212,11 @@ def reset_signals_in_worker(worker_id: int = 0) -> None:  # noqa: ARG001 - the D
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # threads started from here on inherit this
 
     def watch() -> None:
-        while True:
-            heard = signal.sigwaitinfo(watched)
-            if heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
-                os._exit(0)  # what torch's own handler does in a worker
+        while os.getppid() == parent:  # an orphan has nothing to do, and would keep the job's node from being freed
+            heard = signal.sigtimedwait(watched, _PARENT_CHECK_S)
+            if heard is not None and heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
+                break
+        os._exit(0)  # what torch's own handler does in a worker
 
     threading.Thread(target=watch, name="worker-signals", daemon=True).start()
 

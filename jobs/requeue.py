@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,9 @@ from cluster.errors import InputError, InterruptedRunError, MissingError, Muster
 from cluster.hostlist import fold
 from cluster.slurm import SlurmCliClient, SlurmClient
 from cluster.slurm_records import UNLIMITED, Job
-from jobs.journal import AttemptRecord, CrashNote, Ending, EndReason, Explanation, RunDirectory, first_failure
+from jobs.attempts import AttemptRecord, CrashNote, Ending, EndReason, Explanation, first_failure
+from jobs.causes import ACCOUNTING_REASONS, Cause, judge
+from jobs.journal import RunDirectory
 from jobs.process_group import RankInfo, read_rank_info
 
 if TYPE_CHECKING:
@@ -50,22 +52,8 @@ _SLURM_TIMEOUT_S = 10.0
 _TRIES = 3
 _PAUSE_S = 0.3
 _START_DELAY_S = 6
-_SIGNAL_SLACK_S = 60.0  # --signal comes up to this much early (sbatch's manual)
-_LONGEST_WARNING_S = 900.0
-_OTHERS_FIRST_S = 5.0  # a rank whose peers vanished waits so long for the one that knows why
+_OTHERS_FIRST_S = 2.0  # a rank whose peers vanished waits so long for the one that knows why
 _ENDING_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Why an attempt has to leave, and what that means for the job."""
-
-    reason: EndReason
-    message: str
-    comes_back: bool = True
-    """Whether the job is to run again."""
-    is_requeued: bool = False
-    """Whether Slurm has put it back into the queue already."""
 
 
 class Requeuer:
@@ -130,7 +118,7 @@ class Requeuer:
         matching = [record for record in records if record.restarts == attempt.restart_count]
         if not matching:
             return None
-        known = _ACCOUNTING_REASONS.get(matching[-1].state)
+        known = ACCOUNTING_REASONS.get(matching[-1].state)
         return (
             None if known is None else (known, f"killed without a word; Slurm's accounting says {matching[-1].state}")
         )
@@ -424,66 +412,6 @@ class Requeuer:
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), tz=timezone.utc)
-
-
-def judge(
-    job: Job | None, info: RankInfo, *, signal_name: str | None, now: datetime, down_nodes: Sequence[str] = ()
-) -> Cause:
-    """Tell from Slurm's record of the job why its processes are signalled; pure.
-
-    Args:
-        job: The record, taken after the signal; None where Slurm does not answer.
-        info: Who asks; its restart count tells whether the job has been requeued since.
-        signal_name: The signal; None if the attempt ends without one.
-        now: The time.
-        down_nodes: Nodes of the attempt that are down.
-    """
-    came = f"{signal_name} came" if signal_name else "no signal came"
-    if job is None:
-        return Cause(EndReason.UNKNOWN, f"{came}, and Slurm does not answer")
-    started = job.start_time
-    is_preempted = job.preempt_time is not None and (started is None or job.preempt_time >= started)
-    is_requeued = (job.restarts or 0) > info.restart_count
-    is_ending = is_requeued or job.is_pending or job.is_ended or job.state == "COMPLETING"
-    if is_requeued or job.is_pending:
-        if down_nodes:
-            message = f"{', '.join(down_nodes)} failed; Slurm has requeued the job"
-            return Cause(EndReason.NODE_FAILURE, message, is_requeued=True)
-        # The record of the old attempt is gone, PreemptTime with it. What requeues a running job without asking it is
-        # preemption without grace, or a person; RunDirectory's journal can ask accounting for the difference later.
-        return Cause(EndReason.REQUEUED, "sent back to the queue by Slurm (preempted) or by hand", is_requeued=True)
-    if is_preempted:
-        return Cause(
-            EndReason.PREEMPTED, "a job of a higher tier needs the nodes", comes_back=job.may_requeue is not False
-        )
-    if down_nodes:
-        return Cause(EndReason.NODE_FAILURE, f"{', '.join(down_nodes)} failed", comes_back=job.may_requeue is not False)
-    if _is_time_up(job, now, is_ending=is_ending):
-        return Cause(EndReason.TIME_LIMIT, f"the time limit of {job.time_limit} is near", job.may_requeue is not False)
-    if is_ending:
-        return Cause(EndReason.CANCELLED, "cancelled (scancel)", comes_back=False)
-    return Cause(EndReason.SIGNALLED, f"{came}, though Slurm does not want the nodes: sent by hand")
-
-
-def _is_time_up(job: Job, now: datetime, *, is_ending: bool) -> bool:
-    if job.time_limit is None or job.time_limit == UNLIMITED or job.end_time is None or job.start_time is None:
-        return False
-    if is_ending:  # the end is past, and so as much later than the start as the limit says
-        return job.reason == "TimeLimit" or job.end_time - job.start_time >= job.time_limit
-    # The warning of --signal is not in the record: two minutes or a fifth of the limit are what people ask for.
-    warning_s = min(max(120.0, 0.2 * job.time_limit.total_seconds()), _LONGEST_WARNING_S)
-    return (job.end_time - now).total_seconds() <= warning_s + _SIGNAL_SLACK_S
-
-
-_ACCOUNTING_REASONS = {
-    "PREEMPTED": EndReason.PREEMPTED,
-    "TIMEOUT": EndReason.TIME_LIMIT,
-    "NODE_FAIL": EndReason.NODE_FAILURE,
-    "CANCELLED": EndReason.CANCELLED,
-    "REQUEUED": EndReason.REQUEUED,
-    "FAILED": EndReason.CRASHED,
-    "OUT_OF_MEMORY": EndReason.CRASHED,
-}
 
 
 @contextlib.contextmanager
