@@ -40,8 +40,10 @@ _AFTER_EFFECTS = (
     "broken pipe",
     "ranks could not agree",
     "timed out waiting",
+    "communicator was aborted",
+    "ncclremoteerror",
 )
-"""What gloo, the store and `jobs.interruption` say when another rank is gone."""
+"""What gloo, NCCL, the store and `jobs.interruption` say when another rank is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ def fold_events(events: Sequence[Mapping[str, Any]]) -> list[AttemptRecord]:
             attempts[number] = replace(
                 attempts[number],
                 ended=parse_moment(event.get("time")),
-                reason=_reason(event.get("reason")),
+                reason=parse_reason(event.get("reason")),
                 message=str(event.get("message") or ""),
                 failing_rank=event.get("failing_rank"),
                 failing_node=event.get("failing_node"),
@@ -203,7 +205,8 @@ def describe_attempt(attempt: AttemptRecord) -> str:
     )
 
 
-def _reason(value: object) -> EndReason:
+def parse_reason(value: object) -> EndReason:
+    """Read a reason as the journal writes it; UNKNOWN if it is none of ours."""
     try:
         return EndReason(value)
     except ValueError:  # a later version's word

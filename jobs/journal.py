@@ -36,6 +36,7 @@ from jobs.attempts import (
     first_failure,
     fold_events,
     parse_moment,
+    parse_reason,
     read_events,
 )
 from jobs.process_group import RankInfo
@@ -235,7 +236,7 @@ class RunDirectory:
     def _ending(self, job_id: str | None, restart_count: int) -> Ending | None:
         value = _read_json(self._crash_folder(job_id, restart_count) / "ending")
         try:
-            return None if value is None else Ending(**{**value, "reason": _reason(value.get("reason"))})
+            return None if value is None else Ending(**{**value, "reason": parse_reason(value.get("reason"))})
         except TypeError:
             return None
 
@@ -353,7 +354,7 @@ class RunDirectory:
         """Return the last step and time (seconds since 1970) that anything shows of an attempt."""
         started_s = attempt.started.timestamp() if attempt.started is not None else self._clock()
         step, alive_s = attempt.first_step, started_s
-        heartbeat = _read_json(self.path / "heartbeat.json") or {}
+        heartbeat = self._lock.earlier_sign
         if heartbeat.get("attempt") == f"{attempt.job_id or 'local'}.{attempt.restart_count}":
             step = max(step, int(heartbeat.get("step") or 0))
             alive_s = max(alive_s, float(heartbeat.get("time_s") or 0.0))

@@ -70,12 +70,18 @@ class RunLock:
         self._owner: Owner | None = None
         self._lost_to: Owner | None = None
         self._step: int | None = None
+        self._earlier_sign: dict[str, Any] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def _path(self) -> Path:
         return self._directory / "lock.json"
+
+    @property
+    def earlier_sign(self) -> dict[str, Any]:
+        """The last sign of life before this owner's: `attempt`, `step`, `time_s`; empty where there was none."""
+        return self._earlier_sign
 
     def take(self, info: RankInfo, *, is_job_alive: Callable[[str], bool | None] | None = None) -> None:
         """Become the owner, and give signs of life from a thread from then on.
@@ -95,6 +101,7 @@ class RunLock:
                 winner = self._read()
                 if winner is None or winner.token != owner.token:
                     raise StateError(f"{self._directory}: another job took this run at the same moment; {_ADVICE}")
+        self._earlier_sign = self._read_sign()
         self._owner, self._lost_to, self._step = owner, None, None
         self._beat()
         self._stop.clear()
@@ -227,6 +234,13 @@ class RunLock:
         except (ValueError, TypeError, AttributeError):
             # Written by one rename, so never torn by us: a damaged file system, or somebody's editor. The heartbeat decides.
             return Owner(token="unreadable", host="an unknown machine")  # noqa: S106 - no password
+
+    def _read_sign(self) -> dict[str, Any]:
+        try:
+            value = json.loads((self._directory / "heartbeat.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         beside = self._directory / f".{name}.{secrets.token_hex(4)}"
