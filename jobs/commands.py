@@ -28,6 +28,14 @@ logger = logging.getLogger(__name__)
 
 jobs_app = typer.Typer(no_args_is_help=True, help="List, show, follow, explain and cancel jobs.")
 
+_SLURM_CONF_PLACES = (
+    "/etc/slurm/slurm.conf",
+    "/etc/slurm-llnl/slurm.conf",
+    "/opt/slurm/etc/slurm.conf",  # ParallelCluster
+    "/usr/local/etc/slurm.conf",
+    "/run/slurm/conf/slurm.conf",  # configless
+)
+
 JobArgument = Annotated[str, typer.Argument(help="Id (12, 12_3), or a name: then the newest job of that name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -195,6 +203,8 @@ def _become_sbatch(arguments: Sequence[str], standard_input: bytes | None) -> No
     from cluster.shell import find_program
 
     program = find_program("sbatch")
+    if "SLURM_CONF" not in os.environ and not any(Path(place).exists() for place in _SLURM_CONF_PLACES):
+        logger.warning('no slurm.conf in sight; for the cluster on this machine run `eval "$(muster local env)"` first')
     logger.info("running %s", shlex.join(["sbatch", *arguments]))
     if standard_input is not None:
         with tempfile.TemporaryFile() as file:

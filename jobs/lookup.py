@@ -36,6 +36,12 @@ class Found:
     """Whole attempts, oldest first; empty without accounting."""
 
     @property
+    def element_id(self) -> str:
+        """The id of one job: for an array asked for as a whole, that of its first element which has not ended."""
+        is_array = self.job is not None and self.job.array_job_id == self.id
+        return self.job.display_id if is_array and self.job is not None else self.id
+
+    @property
     def run_directory(self) -> Path | None:
         """The run directory of a job that Muster submitted; None for others, and where nobody remembers."""
         script = self.job.command if self.job is not None else None
@@ -53,7 +59,7 @@ class Found:
         return [Path(text) for text in dict.fromkeys(directories)] + [Path.cwd()]
 
     def _element(self, run: Path) -> Path:
-        index = self.id.partition("_")[2]
+        index = self.element_id.partition("_")[2]
         return run / index if index and (run / index / JOB_FILE).exists() else run
 
     def log_file(self, rank: int = 0) -> Path:
@@ -65,10 +71,10 @@ class Found:
         run = self.run_directory
         if run is not None:
             folder = run / SLURM_FOLDER if (run / SLURM_FOLDER).is_dir() else run.parent / SLURM_FOLDER
-            path = folder / f"{self.id}_{rank}_log.out"
+            path = folder / f"{self.element_id}_{rank}_log.out"
             if path.exists() or rank == 0:
                 return path
-            ranks = sorted(int(name.stem.split("_")[-2]) for name in folder.glob(f"{self.id}_*_log.out"))
+            ranks = sorted(int(name.stem.split("_")[-2]) for name in folder.glob(f"{self.element_id}_*_log.out"))
             known = f"ranks {ranks[0]} to {ranks[-1]} have" if ranks else "no rank has"
             raise NotFoundError(f"--rank {rank}: {path} does not exist; {known} written a log so far")
         if rank:
@@ -97,7 +103,8 @@ def find_job(slurm: SlurmClient, wanted: str, *, user: str) -> Found:
     if job_id is not None:
         jobs = slurm.jobs(job_ids=[job_id])
         exact = [candidate for candidate in jobs if job_id in {candidate.display_id, candidate.id}]
-        job = next(iter([*exact, *jobs]), None)
+        alive = [candidate for candidate in jobs if not candidate.is_ended]
+        job = next(iter([*exact, *alive, *jobs]), None)
         records = attempts_in_accounting(slurm, job_id)
         if job is not None or records:
             return Found(id=job_id if job is None else _id_of(job, job_id), job=job, records=tuple(records))
@@ -105,7 +112,10 @@ def find_job(slurm: SlurmClient, wanted: str, *, user: str) -> Found:
 
 
 def _id_of(job: Job, asked: str) -> str:
-    return job.display_id if job.array_task is None or job.array_task.isdigit() else asked
+    """Return the name of what was asked for: the array's own number stays, a raw number becomes that of its element."""
+    if asked == job.array_job_id or job.array_task is None or not job.array_task.isdigit():
+        return asked
+    return job.display_id
 
 
 def attempts_in_accounting(slurm: SlurmClient, job_id: str) -> list[AccountingRecord]:
@@ -167,7 +177,7 @@ def gather(slurm: SlurmClient, found: Found, *, now: datetime) -> Scene:
         partitions=ask("queues", slurm.partitions) if waiting else (),
         priorities=ask("priorities", lambda: slurm.priorities([job.id])) if job is not None and waiting else (),
         expected_start=start,
-        attempts=tuple(journal_attempts(found.run_directory, found.id)),
+        attempts=tuple(journal_attempts(found.run_directory, found.element_id)),
         unread=tuple(unread),
     )
 

@@ -350,7 +350,8 @@ def _explain_running(job: Job, scene: Scene) -> Answer:
         facts.append(
             f"Slurm has chosen it for preemption {moment(job.preempt_time, scene.now)}: it is saving, or about to be ended."
         )
-    if job.time_limit is not None and job.time_limit != UNLIMITED and job.end_time is not None:
+    limited = job.time_limit is not None and job.time_limit != UNLIMITED
+    if limited and job.state == "RUNNING" and job.end_time is not None and job.end_time > scene.now:
         facts.append(f"Its time limit of {_limit(job.time_limit)} ends it {moment(job.end_time, scene.now)}.")
     if job.restarts:
         last = _last_ending(scene)
