@@ -13,11 +13,11 @@ import json
 import logging
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -39,7 +39,7 @@ TEMPORARY_PREFIX = ".muster-"
 
 _FORMAT_VERSION = 1
 _COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
-_WORTH_A_POOL_BYTES = 1 << 28  # below this, starting workers costs more than scanning
+_MOST_THREADS = 8  # more would only wait for the interpreter lock between two reads
 
 
 class Manifest(BaseModel):
@@ -286,18 +286,19 @@ def _write_npy_header(file: BinaryIO, samples: int) -> int:
 
 
 def _scan_all(shards: Sequence[Path]) -> Iterator[ShardPart]:
-    """Scan shards in order, by several processes where that pays, a few ahead of the reader."""
-    workers = min(len(os.sched_getaffinity(0)), len(shards))
-    if workers == 1 or sum(_size(shard) for shard in shards) < _WORTH_A_POOL_BYTES:
-        yield from (scan_shard(shard) for shard in shards)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        ahead = 2 * workers
-        waiting = [pool.submit(scan_shard, shard) for shard in shards[:ahead]]
-        for number in range(len(shards)):
-            yield waiting.pop(0).result()
-            if number + ahead < len(shards):
-                waiting.append(pool.submit(scan_shard, shards[number + ahead]))
+    """Scan shards in order, a few at a time.
+
+    By threads: reading and hashing, which is most of the work for pictures of some size, need no interpreter lock. Processes
+    would run the caller's main script again, which a script that only opens a data set need not be prepared for.
+    """
+    workers = min(len(os.sched_getaffinity(0)), len(shards), _MOST_THREADS)
+    with ThreadPoolExecutor(workers, thread_name_prefix="scan-shard") as pool:
+        waiting = deque(pool.submit(scan_shard, shard) for shard in shards[: 2 * workers])
+        for shard in shards[2 * workers :]:
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(scan_shard, shard))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _check_same_shards(directory: Path, shards: Sequence[Path], manifest: Manifest, place: Path) -> None:
@@ -308,13 +309,6 @@ def _check_same_shards(directory: Path, shards: Sequence[Path], manifest: Manife
             f"{directory}: {', '.join(added[:3])} ({len(added)} in all) came after the index was made; "
             f"{_remove_index_hint(place)}"
         )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _can_write(directory: Path) -> bool:

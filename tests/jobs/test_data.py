@@ -306,6 +306,12 @@ def test_the_index_is_made_once(shards: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == written
 
 
+def test_many_shards_are_indexed_in_their_order(tmp_path: Path) -> None:
+    """Several are scanned at a time; the order of samples is that of the names all the same."""
+    dataset = ShardDataset(write_shards(tmp_path / "many", samples=120, per_shard=2), max_bad=0)
+    assert [dataset.key(number) for number in range(120)] == [f"{number:08d}-x" for number in range(120)]
+
+
 def test_where_one_may_not_write_the_index_goes_to_the_cache(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
