@@ -52,6 +52,9 @@ class Daemons:
                 f"--log-file={layout.logs / 'munged.log'}",
                 f"--seed-file={layout.munge_key.parent / 'munge.seed'}",
                 "--num-threads=4",
+                # Without this munged refuses a socket that not everybody can reach, such as one in a closed home directory;
+                # there, only its owner uses the cluster. Key and seed are ours, with modes of ours, so it hides nothing else.
+                "--force",
             ],
         )
         self._wait_for("munged", layout.munge_socket.exists)

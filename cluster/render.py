@@ -6,6 +6,7 @@ differs between a production cluster and one on this machine is in `SlurmSite` a
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,6 +190,7 @@ def _limits(spec: ClusterSpec, project: Project) -> list[str]:
     return [f"Fairshare={project.share}", *([f"GrpTRES=gres/gpu={limit}"] if has_gpus else [])]
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("templates", "slurm"),
