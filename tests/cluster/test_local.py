@@ -8,7 +8,6 @@ import pwd
 import socket
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -109,7 +108,7 @@ def test_every_daemon_listens_on_loopback_only(local_cluster: LocalCluster) -> N
     directory = local_cluster.layout.directory
     addresses: dict[str, set[str]] = {}
     for process in ProcessTable().find(directory):
-        sockets = {os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()}
+        sockets = {str(link.readlink()) for link in Path(f"/proc/{process.pid}/fd").iterdir()}
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
                 fields = line.split()
@@ -232,7 +231,7 @@ def test_the_description_is_kept_for_other_commands(local_cluster: LocalCluster)
 def test_a_cluster_that_is_up_cannot_be_brought_up_again(local_cluster: LocalCluster) -> None:
     """It is said, and nothing happens to the running one."""
     before = {(process.pid, process.start_ticks) for process in ProcessTable().find(local_cluster.layout.directory)}
-    with pytest.raises(StateError, match="is up already.*muster local down"):
+    with pytest.raises(StateError, match=r"is up already.*muster local down"):
         local_cluster.up(load_spec(local_cluster.layout.description))
     assert {
         (process.pid, process.start_ticks) for process in ProcessTable().find(local_cluster.layout.directory)

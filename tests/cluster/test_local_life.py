@@ -193,11 +193,11 @@ def test_a_power_cut_ends_everything_on_a_node_and_nothing_else(make_cluster: Ma
             for process in ProcessTable().find(cluster.layout.directory)
             if (process.role, process.node) == ("init", node)
         )
-        namespace = os.readlink(f"/proc/{init.pid}/ns/pid")
+        namespace = Path(f"/proc/{init.pid}/ns/pid").readlink()
         count = 0
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and os.readlink(entry / "ns" / "pid") == namespace:
+                if entry.name.isdigit() and (entry / "ns" / "pid").readlink() == namespace:
                     count += (entry / "cmdline").read_bytes().replace(
                         b"\0", b" "
                     ).decode().strip() == f"/usr/bin/{marker}"
@@ -305,7 +305,7 @@ def test_a_half_dead_cluster_is_not_replaced_unasked(cluster_root: Path) -> None
     status = cluster.status()
     assert status.state == "degraded"
     assert [node.slurm_state for node in status.nodes] == ["unknown"]
-    with pytest.raises(StateError, match="half up.*slurmctld is gone.*muster local down"):
+    with pytest.raises(StateError, match=r"half up.*slurmctld is gone.*muster local down"):
         cluster.up(one_node())
     cluster.down()
 
