@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import BaseContext
@@ -19,7 +20,7 @@ from typing import TypeVar
 
 from cluster.errors import OutsideError
 from jobs.images import BadImageError, cut_margin, decode_rgb, encode_image, fit_square, render_svg
-from jobs.interruption import reset_signals_in_worker
+from jobs.interruption import STOP_SIGNALS, reset_signals_in_worker
 from jobs.preprocess_settings import ImageSettings
 from jobs.sources import Source
 
@@ -107,7 +108,9 @@ class Preparer:
         waiting: deque[tuple[list[ItemT], Future[list[Prepared]]]] = deque()
         try:
             for chunk in _chunks(items):
-                waiting.append((chunk, self._pool.submit(_prepare_chunk, [text(item) for item in chunk])))
+                texts = [text(item) for item in chunk]
+                with _stop_signals_blocked():
+                    waiting.append((chunk, self._pool.submit(_prepare_chunk, texts)))
                 if len(waiting) >= self._workers * _CHUNKS_AHEAD:
                     done, future = waiting.popleft()
                     yield from zip(done, future.result(), strict=True)
@@ -133,6 +136,20 @@ def available_cpus(environ: Mapping[str, str], *, tasks: int) -> int:
         count //= tasks
     granted = environ.get("SLURM_CPUS_PER_TASK", "")
     return max(1, min(count, int(granted)) if granted.isdecimal() else count)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Hold back the signals that ask to stop while a worker may be started, which is when work is handed over.
+
+    A new process inherits what is blocked, and so do its threads. Numpy's come into being when it is imported, before the
+    worker could block anything by itself, and a signal may be delivered to any thread: it would end the worker.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
