@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cluster.durations import Duration, format_duration
 from cluster.errors import InputError, JobError
-from cluster.yamlfile import KeyPath, YamlDocument, parse_yaml, read_yaml, try_validate
+from cluster.yamlfile import KeyPath, YamlDocument, field_name, parse_yaml, read_yaml, try_validate
 from jobs.sbatch import OPTIONS
 
 TRAINING = "jobs.train"
@@ -327,10 +327,8 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
             raise JobError(f"{path}: config: {included} holds no mapping; write `key: value` lines into it")
         data["config"] = inner.data
         lines = {key: line for key, line in lines.items() if key[:1] != ("config",) or len(key) == 1}
-    for override in overrides:
-        changed = _apply(data, override)
-        lines = {key: line for key, line in lines.items() if key[: len(changed)] != changed}
-    return _validated(YamlDocument(data, lines, str(path)))
+    changed = [_apply(data, override) for override in overrides]
+    return _validated(YamlDocument(data, lines, str(path)), changed)
 
 
 def make_job(values: Mapping[str, Any], *, source: str = "the job") -> JobSpec:
@@ -342,8 +340,11 @@ def make_job(values: Mapping[str, Any], *, source: str = "the job") -> JobSpec:
     return _validated(YamlDocument(dict(values), {}, source))
 
 
-def _validated(document: YamlDocument) -> JobSpec:
-    """Make the JobSpec, or raise with every mistake. Rules over several fields show no value; the environment never does."""
+def _validated(document: YamlDocument, overridden: Sequence[KeyPath] = ()) -> JobSpec:
+    """Make the JobSpec, or raise with every mistake.
+
+    Rules over several fields show no value, and the environment never does. A value from --set has no line in the file.
+    """
     spec, findings = try_validate(JobSpec, document)
     if spec is not None:
         return spec
@@ -354,8 +355,14 @@ def _validated(document: YamlDocument) -> JobSpec:
             shown = replace(finding, field="the job", value="")
         elif finding.field.startswith(("environment", "slurm")):
             shown = replace(finding, value="")
+        if any(_is_within(finding.field, field_name(path)) for path in overridden):
+            shown = replace(shown, line=None, field=f"--set {shown.field}")
         lines.append(f"  {shown}")
     raise JobError("\n".join(lines))
+
+
+def _is_within(field: str, outer: str) -> bool:
+    return field == outer or field.startswith((f"{outer}.", f"{outer}["))
 
 
 def _apply(data: dict[str, Any], override: str) -> KeyPath:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
@@ -56,9 +57,10 @@ def job_rows(slurm: SlurmClient, *, users: Sequence[str], queue: str | None, wit
         except OutsideError as error:
             logger.warning("earlier jobs are not known: %s", error)
             records = []
+        attempts = Counter(record.id for record in records if record.step is None)
         for record in reversed(records):  # the last attempt of a requeued job stands for it
             if record.step is None and (queue is None or record.partition == queue):
-                rows.setdefault(record.id, _row_of_record(record))
+                rows.setdefault(record.id, _row_of_record(record, restarts=attempts[record.id] - 1))
     return sorted(
         rows.values(),
         key=lambda row: (row.submitted or datetime.min.replace(tzinfo=timezone.utc), row.id),
@@ -84,7 +86,7 @@ def _row_of_job(job: Job) -> JobRow:
     )
 
 
-def _row_of_record(record: AccountingRecord) -> JobRow:
+def _row_of_record(record: AccountingRecord, *, restarts: int) -> JobRow:
     return JobRow(
         id=record.id,
         name=record.name,
@@ -95,7 +97,7 @@ def _row_of_record(record: AccountingRecord) -> JobRow:
         nodes=record.nodes,
         node_count=record.node_count,
         gpus=record.gpu_count,
-        restarts=record.restarts,
+        restarts=restarts,
         submitted=record.submit_time,
         started=record.start_time,
         ended=record.end_time,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import pwd
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TypeVar
@@ -125,7 +126,18 @@ def attempts_in_accounting(slurm: SlurmClient, job_id: str) -> list[AccountingRe
     except OutsideError as error:
         logger.info("accounting: %s", error)
         return []
-    return [record for record in records if record.step is None and job_id in {record.id, record.raw_id, record.job_id}]
+    own = [record for record in records if record.step is None and job_id in {record.id, record.raw_id, record.job_id}]
+    return [replace(record, cancelled_by=_user_name(record.cancelled_by)) for record in own]
+
+
+def _user_name(user: str | None) -> str | None:
+    """Turn the number that Slurm gives into a login name, where this machine knows it."""
+    if user is None or not user.isdecimal():
+        return user
+    try:
+        return pwd.getpwuid(int(user)).pw_name
+    except KeyError:
+        return f"user {user}"
 
 
 def _newest_of_name(slurm: SlurmClient, name: str, user: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from cluster.durations import format_duration
@@ -383,13 +383,25 @@ def _explain_ended(job_id: str, scene: Scene) -> Answer:
     headline = f"{title} {text}{when}."
     facts = []
     reason = (job.reason if job is not None else record.reason if record is not None else None) or ""
-    if reason not in {"", "None", "NonZeroExitCode", "TimeLimit"}:
+    if reason not in _SAYS_NOTHING_OF_AN_ENDED_JOB:
         facts.append(f"Slurm's reason: {reason}.")
     nodes = job.nodes if job is not None and job.nodes else record.nodes if record is not None else ()
     if nodes:
         facts.append(f"It ran on {', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}.")
     return headline, facts, [step.format(job=job_id) for step in steps]
 
+
+_SAYS_NOTHING_OF_AN_ENDED_JOB = {
+    "",
+    "None",
+    "NonZeroExitCode",
+    "TimeLimit",
+    "BeginTime",
+    "Resources",
+    "Priority",
+    "Dependency",
+}
+"""Reasons that repeat the state, or that are left over from when the job waited."""
 
 _ENDINGS: Mapping[str, tuple[str, list[str]]] = {
     "COMPLETED": ("has finished", []),
@@ -420,7 +432,12 @@ _ENDINGS: Mapping[str, tuple[str, list[str]]] = {
 def _describe_attempts(scene: Scene) -> list[str]:
     """One line an attempt: from the journal where there is one, else from accounting."""
     if scene.attempts:
-        return [_journal_line(attempt, scene.now) for attempt in scene.attempts]
+        *earlier, last = scene.attempts
+        is_over = scene.job.is_ended if scene.job is not None else True
+        if is_over and not last.outcome and last.ended is None:
+            how = _ending_of_record(scene.records[-1]) if scene.records else "ended"
+            last = replace(last, outcome=f"{how} before it could say why")
+        return [_journal_line(attempt, scene.now) for attempt in (*earlier, last)]
     if len(scene.records) < 2:
         return []
     return [_record_line(number, record, scene.now) for number, record in enumerate(scene.records, start=1)]

@@ -146,7 +146,8 @@ def test_set_reaches_mappings_lists_and_new_keys(tmp_path: Path) -> None:
         ("command.7=x", "list of 1; write a number from 0 to 0"),
         ("command.a=x", "list of 1"),
         ("config=[", "is not YAML"),
-        ("nodes=zero", "nodes (zero)"),
+        ("nodes=zero", "  --set nodes (zero)"),
+        ("container.images=x", "  --set container.images: no such key here; did you mean image?"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, said: str) -> None:

@@ -254,6 +254,15 @@ def test_who_cancelled_it_is_said() -> None:
     assert "was cancelled by 1000" in told(None, records=(record,))
 
 
+def test_an_attempt_that_was_killed_is_not_called_running() -> None:
+    """The journal of a cancelled job may lack its last words; accounting has them."""
+    record = AccountingRecord(id="12", raw_id="12", state="CANCELLED", reason="BeginTime", end_time=ago(hours=1))
+    text = told(None, records=(record,), attempts=(Attempt(number=1, started=ago(hours=2)),))
+    assert "was cancelled before it could say why" in text
+    assert "running" not in text
+    assert "BeginTime" not in text
+
+
 def test_what_could_not_be_read_is_named() -> None:
     """A controller that answers only in part yields an answer that says what is missing."""
     assert "not known: nodes (no answer)" in told(pending(), nodes=(), unread=("nodes (no answer)",))
