@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import MissingError
+from cluster.errors import MissingError, MusterError
 from cluster.local import LocalCluster
 from cluster.settings import ClusterSpec, load_spec
 from cluster.shell import find_program
 
 LOCAL_DEMO = Path(__file__).parent.parent / "templates" / "cluster" / "local-demo.yaml"
+
+_PREFIX = "muster-test-"
 
 MakeCluster = Callable[..., LocalCluster]
 """`make_cluster(**changes)`: start a cluster whose description is local-demo's with these top-level keys replaced."""
@@ -24,12 +28,11 @@ MakeCluster = Callable[..., LocalCluster]
 @pytest.fixture(scope="session")
 def cluster_root() -> Iterator[Path]:
     """A short directory for clusters (socket paths are limited) that other users can enter, gone afterwards."""
-    root = Path(tempfile.mkdtemp(prefix="muster-", dir="/tmp"))
+    _remove_what_killed_sessions_left()
+    root = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir="/tmp"))
     root.chmod(0o755)
     yield root
-    for directory in root.iterdir() if root.is_dir() else []:
-        LocalCluster(directory.name, root=root).down()
-    shutil.rmtree(root, ignore_errors=True)
+    _remove(root)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +64,22 @@ def make_cluster(cluster_root: Path) -> Iterator[MakeCluster]:
     for cluster in made:
         if cluster.layout.directory.is_dir():
             cluster.down()
+
+
+def _remove_what_killed_sessions_left() -> None:
+    """End the clusters of test sessions that were killed before they could: their pid stands in the directory's name."""
+    for root in Path("/tmp").glob(f"{_PREFIX}*-*"):
+        pid = root.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and root.stat().st_uid == os.geteuid():
+            _remove(root)
+
+
+def _remove(root: Path) -> None:
+    clusters = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    for directory in clusters:
+        with contextlib.suppress(MusterError):  # not a cluster's: it goes with the rest
+            LocalCluster(directory.name, root=root).down()
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

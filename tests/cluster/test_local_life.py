@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,6 +137,38 @@ def test_clusters_live_side_by_side(make_cluster: MakeCluster) -> None:
     assert [len(SlurmCliClient(environment=cluster.environment()).nodes()) for cluster in (first, second)] == [1, 2]
     first.down()
     assert second.status().state == "up"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
+def test_queues_and_projects_are_what_the_description_says(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """A project's GPU limit holds, a queue of some projects is closed to others, and nobody is preempted before minimum_run."""
+    nobody = {"user": "nobody", "group": "nogroup", "extra_groups": [], "cwd": "/"}
+    low = {"name": "low", "pools": ["gpu"], "preemption": "requeue", "minimum_run": "12s", "default": True}
+    cluster = make_cluster(
+        nodes=1,
+        queues=[{"name": "high", "pools": ["gpu"], "tier": 100, "projects": ["research"]}, low],
+        projects=[{"name": "research", "max_gpus": 4}, {"name": "other", "users": ["nobody"]}],
+    )
+    environment = {**os.environ, **cluster.environment()}
+    client = SlurmCliClient(environment=cluster.environment())
+
+    def submit(*options: str, **as_user: Any) -> subprocess.CompletedProcess[str]:
+        argv = ["sbatch", "--parsable", "--output=/dev/null", *options]
+        return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False, **as_user)
+
+    too_many = submit("--gpus=8", "--wrap", "true").stdout.strip()
+    eventually(lambda: client.job(too_many).reason == "AssocGrpGRES")
+    client.cancel(too_many)
+    for forbidden in (["--partition=high"], ["--account=research"]):
+        refused = submit(*forbidden, "--wrap", "true", **nobody)
+        assert "Invalid account or account/partition combination" in refused.stderr
+    victim = submit("--cpus-per-task=32", "--wrap", "sleep 100", **nobody).stdout.strip()
+    eventually(lambda: client.job(victim).state == "RUNNING")
+    began = time.monotonic()
+    preemptor = submit("--partition=high", "--cpus-per-task=32", "--wrap", "true").stdout.strip()
+    eventually(lambda: client.job(victim).restarts == 1)
+    assert time.monotonic() - began > 8
+    eventually(lambda: client.job(preemptor).state == "COMPLETED")
 
 
 def test_which_cluster_is_meant(make_cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
