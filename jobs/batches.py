@@ -124,7 +124,7 @@ class KeyedBatches(Dataset[Batch]):
         )
         images[chance.flips] = images[chance.flips, :, ::-1]
         return Batch(
-            # A view: pixels stay channels-last in memory, which is also how the model likes them.
+            # A view: the objective puts pixels into the order that the model works in, as it turns them into floats.
             torch.from_numpy(images).permute(0, 3, 1, 2),
             torch.from_numpy(chance.noise),
             torch.from_numpy(chance.timesteps),

@@ -12,9 +12,11 @@ import torch
 from cluster.errors import JobError
 from jobs.settings import Model
 
+_CPU = torch.device("cpu")
 
-def build_model(settings: Model, *, height: int, width: int, seed: int) -> torch.nn.Module:
-    """Make a UNet2DModel with random weights that only `seed` decides; the caller's random state is left as it was.
+
+def build_model(settings: Model, *, height: int, width: int, seed: int, device: torch.device = _CPU) -> torch.nn.Module:
+    """Make a UNet2DModel with random weights that only `seed` decides, on `device`. The caller's random state stays as it is.
 
     Its forward takes (b x 3 x height x width, timesteps b, return_dict=False) and returns a tuple with the prediction.
 
@@ -47,13 +49,15 @@ def build_model(settings: Model, *, height: int, width: int, seed: int) -> torch
             norm_num_groups=settings.norm_groups,
             dropout=settings.dropout,
         )
-    model.to(memory_format=memory_format(settings))  # type: ignore[call-overload] # torch leaves this one out of its types
+    model.to(device)
+    model.to(memory_format=memory_format(settings, device))  # type: ignore[call-overload] # torch leaves this one out of its types
     return model
 
 
-def memory_format(settings: Model) -> torch.memory_format:
+def memory_format(settings: Model, device: torch.device) -> torch.memory_format:
     """Return the order of dimensions in memory that the model computes in."""
-    return torch.channels_last if settings.channels_last else torch.contiguous_format
+    channels_last = device.type == "cuda" if settings.channels_last is None else settings.channels_last
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -65,10 +69,12 @@ def count_parameters(model: torch.nn.Module) -> int:
 def _without_transformers() -> Iterator[None]:
     """Keep diffusers from importing transformers, of which a UNet uses nothing: it adds 1.5 CPU-seconds to every (re)start.
 
-    None in `sys.modules` is how the import system marks a module as absent. Does nothing where it is loaded already.
+    None in `sys.modules` is how the import system marks a module as absent. diffusers looks once, when it is first imported. If
+    that has happened, it is left to what it found; where it happens here, diffusers' text pipelines stay out of reach in this
+    process.
     """
     loaded: dict[str, Any] = sys.modules
-    if "transformers" in loaded:
+    if "transformers" in loaded or "diffusers" in loaded:
         yield
         return
     loaded["transformers"] = None

@@ -22,10 +22,13 @@ def make_scheduler_config(settings: Objective) -> dict[str, Any]:
 class DiffusionObjective:
     """The loss of a batch, with all that depends only on the timestep worked out once."""
 
-    def __init__(self, settings: Objective, device: torch.device) -> None:
+    def __init__(
+        self, settings: Objective, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> None:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         alphas_cumprod = DDPMScheduler(**make_scheduler_config(settings)).alphas_cumprod.double()
+        self._format = memory_format
         self._velocity = settings.prediction == "v_prediction"
         self._signal = alphas_cumprod.sqrt().float().to(device)
         self._noise = (1.0 - alphas_cumprod).sqrt().float().to(device)
@@ -38,14 +41,15 @@ class DiffusionObjective:
 
         Args:
             model: As `jobs.model.build_model` makes it, or wrapped.
-            images: uint8 or already in [-1, 1], b x 3 x height x width.
+            images: 0 to 255, b x 3 x height x width.
             noise: Standard normal of the same shape.
             timesteps: int64, b.
         """
-        clean = images.float().div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images
+        # One pass each into the model's own order in memory: a convolution follows its input's, not only its weights'.
+        clean = images.to(torch.float32, memory_format=self._format, copy=True).div_(127.5).sub_(1.0)
+        noise = noise.contiguous(memory_format=self._format)
         signal = self._signal[timesteps].view(-1, 1, 1, 1)
         noise_level = self._noise[timesteps].view(-1, 1, 1, 1)
-        # `clean` comes first: the noisy picture then has its (channels-last) order in memory.
         noisy = clean * signal + noise * noise_level
         target = noise * signal - clean * noise_level if self._velocity else noise
         prediction: torch.Tensor = model(noisy, timesteps, return_dict=False)[0]

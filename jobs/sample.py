@@ -64,7 +64,7 @@ def draw_samples(
             numbers = range(first, min(count, first + batch_size))
             generators = [torch.Generator().manual_seed(_seed_of(seed, number)) for number in numbers]
             start = torch.stack([torch.randn(3, height, width, generator=generator) for generator in generators])
-            sample = start.to(device).contiguous(memory_format=memory_format(config.model))
+            sample = start.to(device).contiguous(memory_format=memory_format(config.model, device))
             scheduler = _make_scheduler(config, sampler, inference_steps)
             chance = {"generator": generators} if sampler == "ddpm" else {}
             with torch.no_grad():

@@ -84,8 +84,9 @@ class Model(Section):
     """Groups of the group normalisation; must divide every entry of `channels`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Drawn on the device, so losses then repeat to the bit only with the same number of ranks."""
-    channels_last: bool = True
-    """Keep activations with the channels innermost: faster on tensor cores, and on CPUs by a third."""
+    channels_last: bool | None = None
+    """Keep activations with the channels innermost. By default only on GPUs, whose tensor cores work that way; on CPUs it saves
+    a third on some and costs a few per cent on others (docs/performance.md)."""
     compile: bool = False
     """Use torch.compile. Saves time on GPUs, costs a minute at each start."""
 

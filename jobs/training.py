@@ -19,7 +19,7 @@ from jobs.checkpoint import Checkpointer, State
 from jobs.collectives import LoneRank, Ranks, TorchRanks, on_rank_0
 from jobs.ema import AveragedWeights
 from jobs.interruption import Agreement, StopSignals
-from jobs.model import build_model, count_parameters
+from jobs.model import build_model, count_parameters, memory_format
 from jobs.objective import DiffusionObjective
 from jobs.process_group import RankInfo, open_process_group
 from jobs.run_files import RunFiles
@@ -111,7 +111,7 @@ def set_up(config: TrainConfig, info: RankInfo, stop: StopSignals) -> Training:
 
     pictures = _open_pictures(config, ranks)
     height, width = picture_size(pictures)
-    bare_model = build_model(config.model, height=height, width=width, seed=config.seed).to(accelerator.device)
+    bare_model = build_model(config.model, height=height, width=width, seed=config.seed, device=accelerator.device)
     if info.rank == 0:
         logger.info("%d pictures of %d x %d, %d parameters", len(pictures), height, width, count_parameters(bare_model))
     model = accelerator.prepare_model(torch.compile(bare_model) if config.model.compile else bare_model)
@@ -129,7 +129,9 @@ def set_up(config: TrainConfig, info: RankInfo, stop: StopSignals) -> Training:
         share=share,
         bare_model=bare_model,
         model=model,
-        objective=DiffusionObjective(config.objective, accelerator.device),
+        objective=DiffusionObjective(
+            config.objective, accelerator.device, memory_format(config.model, accelerator.device)
+        ),
         optimizer=_make_optimizer(config, bare_model),
         ema=AveragedWeights(bare_model, config.ema),
         checkpointer=Checkpointer(RunFiles(config.run_directory).checkpoints, ranks, keep=config.checkpoint.keep),
