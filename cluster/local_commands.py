@@ -85,13 +85,8 @@ def down(
         raise NotFoundError("no cluster on this machine, so there is none to end")
     for cluster in clusters:
         cluster.down(keep_logs=keep_logs)
-        left = f"; its logs are in {cluster.layout.logs}" if keep_logs else ""
-        console().print(
-            f"cluster {cluster.name} is down, nothing is left of it{left}"
-            if not left
-            else f"cluster {cluster.name} is down{left}",
-            highlight=False,
-        )
+        left = f"its logs are in {cluster.layout.logs}" if keep_logs else "nothing is left of it"
+        console().print(f"cluster {cluster.name} is down; {left}", highlight=False)
 
 
 @local_app.command("env")

@@ -220,7 +220,9 @@ def _context(spec: ClusterSpec, site: SlurmSite) -> dict[str, object]:
         "has_gpus": has_gpus,
         "preempts": any(queue.preemption != "off" for queue in spec.queues),
         "preempt_exempt_s": _global_minimum_run_s(spec),
-        "auth_info": ",".join([*socket, f"cred_expire={max(_SHORTEST_HOLD_S, _whole_seconds(scheduling.requeue_hold))}"]),
+        "auth_info": ",".join(
+            [*socket, f"cred_expire={max(_SHORTEST_HOLD_S, _whole_seconds(scheduling.requeue_hold))}"]
+        ),
         "communication_parameters": ["NoCtldInAddrAny", "NoInAddrAny"] if site.loopback_only else [],
         "slurmd_parameters": ["config_overrides"] if site.simulated_hardware else [],
         "scheduler_parameters": [*site.scheduler_parameters, *_scheduler_parameters(spec)],
