@@ -83,6 +83,7 @@ class AttemptRecord:
     """From 1, over all jobs that ever worked on this run."""
     job_id: str | None = None
     restart_count: int = 0
+    step_id: str | None = None
     cluster: str | None = None
     nodes: tuple[str, ...] = ()
     world_size: int = 1
@@ -101,6 +102,11 @@ class AttemptRecord:
     """Step of its own newest checkpoint; None where it committed none."""
     seconds_lost: float | None = None
     """Time between the newest checkpoint (or the attempt's start) and the end: work that is done again."""
+
+    @property
+    def label(self) -> str:
+        """The attempt as `RankInfo.attempt_label` names it."""
+        return f"{self.job_id or 'local'}.{self.restart_count}.{self.step_id or 0}"
 
     @property
     def steps_done(self) -> int | None:
@@ -138,6 +144,7 @@ def fold_events(events: Sequence[Mapping[str, Any]]) -> list[AttemptRecord]:
                 number=number,
                 job_id=event.get("job_id"),
                 restart_count=int(event.get("restart_count") or 0),
+                step_id=event.get("step_id"),
                 cluster=event.get("cluster"),
                 nodes=tuple(event.get("nodes") or ()),
                 world_size=int(event.get("world_size") or 1),

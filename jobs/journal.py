@@ -17,6 +17,7 @@ import getpass
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -135,6 +136,10 @@ class RunDirectory:
                 self._give_up(failures)
                 self._refuse_if_given_up()
             number = attempts[-1].number + 1 if attempts else 1
+            if (
+                info.job_id is None
+            ):  # outside Slurm all attempts share a label: what an earlier one left is not this one's
+                shutil.rmtree(self._crash_folder(info.attempt_label), ignore_errors=True)
             self._append_begin(number, info, start_step)
             self._current = self.attempts()[-1]
         except BaseException:
@@ -162,7 +167,7 @@ class RunDirectory:
         Returns:
             The file written; None where even that failed.
         """
-        path = self._crash_folder(info.job_id, info.restart_count) / f"rank-{info.rank}.json"
+        path = self._crash_folder(info.attempt_label) / f"rank-{info.rank}.json"
         message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
         note = CrashNote(rank=info.rank, node=info.node, message=message, step=step, time=self._now_text())
         try:
@@ -173,9 +178,13 @@ class RunDirectory:
             return None
         return path
 
-    def crash_notes(self, job_id: str | None, restart_count: int) -> list[CrashNote]:
-        """Return what the failing ranks of one attempt said, earliest first."""
-        values = (_read_json(path) for path in self._crash_folder(job_id, restart_count).glob("rank-*.json"))
+    def crash_notes(self, label: str) -> list[CrashNote]:
+        """Return what the failing ranks of one attempt said, earliest first.
+
+        Args:
+            label: The attempt, as `RankInfo.attempt_label` or `AttemptRecord.label`.
+        """
+        values = (_read_json(path) for path in self._crash_folder(label).glob("rank-*.json"))
         notes = []
         for value in values:
             with contextlib.suppress(TypeError):  # not ours, or a later version's
@@ -184,7 +193,7 @@ class RunDirectory:
 
     def claim_ending(self, info: RankInfo) -> bool:
         """Become the one rank that ends this attempt after a crash; True for exactly one of those that ask."""
-        folder = self._crash_folder(info.job_id, info.restart_count)
+        folder = self._crash_folder(info.attempt_label)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(folder / "ending", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -197,25 +206,23 @@ class RunDirectory:
     def write_ending(self, info: RankInfo, ending: Ending) -> None:
         """Tell the other ranks, and the next attempt, how this one ends; see `claim_ending`."""
         try:
-            _write_atomically(
-                self._crash_folder(info.job_id, info.restart_count) / "ending", json.dumps(asdict(ending))
-            )
+            _write_atomically(self._crash_folder(info.attempt_label) / "ending", json.dumps(asdict(ending)))
         except OSError as error:
             logger.warning("cannot tell the other ranks how the attempt ends: %s", error)
 
     def read_ending(self, info: RankInfo) -> Ending | None:
         """Return how the claiming rank has settled the attempt; None while it has not."""
-        return self._ending(info.job_id, info.restart_count)
+        return self._ending(info.attempt_label)
 
     def is_ending_claimed(self, info: RankInfo) -> bool:
         """Say whether some rank is about to settle this attempt, or has."""
-        return (self._crash_folder(info.job_id, info.restart_count) / "ending").exists()
+        return (self._crash_folder(info.attempt_label) / "ending").exists()
 
     def end_unbegun(self, info: RankInfo, ending: Ending) -> None:
         """Note an attempt that failed before rank 0 could begin it, so that it counts; nothing if it has begun."""
         attempts = self.attempts()
         last = attempts[-1] if attempts else None
-        if last is not None and (last.job_id, last.restart_count) == (info.job_id, info.restart_count):
+        if last is not None and last.label == info.attempt_label:
             return
         committed = [attempt.committed_step or attempt.first_step for attempt in attempts]
         first_step = max(committed, default=0)
@@ -233,8 +240,8 @@ class RunDirectory:
             failing_node=ending.node,
         )
 
-    def _ending(self, job_id: str | None, restart_count: int) -> Ending | None:
-        value = _read_json(self._crash_folder(job_id, restart_count) / "ending")
+    def _ending(self, label: str) -> Ending | None:
+        value = _read_json(self._crash_folder(label) / "ending")
         try:
             return None if value is None else Ending(**{**value, "reason": parse_reason(value.get("reason"))})
         except TypeError:
@@ -288,7 +295,7 @@ class RunDirectory:
     def may_retry(self, info: RankInfo, *, retries: int = 3) -> bool:
         """Say whether one more failure, of the attempt `info` belongs to, still leaves a retry. Any rank may ask."""
         attempts = self._since_cleared()
-        if not attempts or attempts[-1].job_id != info.job_id or attempts[-1].restart_count != info.restart_count:
+        if not attempts or attempts[-1].label != info.attempt_label:
             # It failed before it had begun: count what is there, and this.
             return len(failures_without_progress(attempts, None)) + 1 <= retries
         failed = replace(attempts[-1], reason=EndReason.CRASHED)
@@ -323,9 +330,9 @@ class RunDirectory:
         if not attempts or attempts[-1].reason is not None:
             return
         earlier = attempts[-1]
-        notes = self.crash_notes(earlier.job_id, earlier.restart_count)
+        notes = self.crash_notes(earlier.label)
         step, alive_s = self._last_sign(earlier)
-        ending = self._ending(earlier.job_id, earlier.restart_count)
+        ending = self._ending(earlier.label)
         first = first_failure(notes)
         step = max([step, *(note.step or 0 for note in notes)])
         if ending is None and first is not None:
@@ -355,7 +362,7 @@ class RunDirectory:
         started_s = attempt.started.timestamp() if attempt.started is not None else self._clock()
         step, alive_s = attempt.first_step, started_s
         heartbeat = self._lock.earlier_sign
-        if heartbeat.get("attempt") == f"{attempt.job_id or 'local'}.{attempt.restart_count}":
+        if heartbeat.get("attempt") == attempt.label:
             step = max(step, int(heartbeat.get("step") or 0))
             alive_s = max(alive_s, float(heartbeat.get("time_s") or 0.0))
         metrics = self.path / "metrics.jsonl"
@@ -399,6 +406,7 @@ class RunDirectory:
             attempt=number,
             job_id=info.job_id,
             restart_count=info.restart_count,
+            step_id=info.step_id,
             cluster=info.cluster,
             nodes=list(info.nodes),
             world_size=info.world_size,
@@ -419,8 +427,8 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def _crash_folder(self, job_id: str | None, restart_count: int) -> Path:
-        return self.path / "crashes" / f"{job_id or 'local'}.{restart_count}"
+    def _crash_folder(self, label: str) -> Path:
+        return self.path / "crashes" / label
 
     def _now_text(self) -> str:
         return _iso(self._clock())

@@ -68,6 +68,15 @@ class RankInfo:
         return self.job_id or "local"
 
     @property
+    def slurm_id(self) -> str | None:
+        """The job as Slurm's commands must be told; None outside Slurm.
+
+        The last element of an array carries the raw number of the whole array: `scontrol requeue 12` in it would requeue
+        every other element too (seen on 22.05.8). Only `12_3` is safe.
+        """
+        return None if self.job_id is None else self.display_id
+
+    @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the only one that writes to the journal and talks to Slurm."""
         return self.rank == 0

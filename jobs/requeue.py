@@ -111,11 +111,15 @@ class Requeuer:
         if attempt.job_id is None or self._info.job_id is None or attempt.cluster != self._info.cluster:
             return None
         try:
-            records = [record for record in self._slurm.accounting(job_ids=[attempt.job_id]) if record.step is None]
+            records = self._slurm.accounting(job_ids=[attempt.job_id])
         except MusterError as error:
             logger.info("accounting says nothing about attempt %d: %s", attempt.number, error)
             return None
-        matching = [record for record in records if record.restarts == attempt.restart_count]
+        matching = [
+            record
+            for record in records
+            if record.step is None and record.raw_id == attempt.job_id and record.restarts == attempt.restart_count
+        ]
         if not matching:
             return None
         known = ACCOUNTING_REASONS.get(matching[-1].state)
@@ -206,7 +210,7 @@ class Requeuer:
                 self._let_others_speak()
             if not self._run.claim_ending(info):
                 return self._follow_ending(step)
-            first = first_failure(self._run.crash_notes(info.job_id, info.restart_count)) or note
+            first = first_failure(self._run.crash_notes(info.attempt_label)) or note
             if isinstance(error, (InputError, StateError, MissingError)):
                 ending = Ending(own_code, EndReason.CRASHED, first.message, first.rank, first.node)
             else:
@@ -217,7 +221,7 @@ class Requeuer:
     def _let_others_speak(self) -> None:
         deadline = self._clock() + _OTHERS_FIRST_S
         while self._clock() < deadline and self._run.read_ending(self._info) is None:
-            notes = self._run.crash_notes(self._info.job_id, self._info.restart_count)
+            notes = self._run.crash_notes(self._info.attempt_label)
             if any(not note.is_after_effect for note in notes):
                 return
             self._sleep(_PAUSE_S)
@@ -283,13 +287,13 @@ class Requeuer:
         """Do what the cause asks for, and return the exit code."""
         if not cause.comes_back:
             return REQUEUE_EXIT_CODE if self._info.job_id is None else CANCELLED_EXIT_CODE
-        assert self._info.job_id is not None
-        if cause.is_requeued or self._requeue(self._info.job_id):
-            self._lift_hold(self._info.job_id, exclude)
+        assert self._info.slurm_id is not None
+        if cause.is_requeued or self._requeue(self._info.slurm_id):
+            self._lift_hold(self._info.slurm_id, exclude)
         else:
             logger.warning(
                 "job %s could not be requeued; it exits with %d, which RequeueExit of slurm.conf turns into a requeue",
-                self._info.job_id,
+                self._info.slurm_id,
                 REQUEUE_EXIT_CODE,
             )
         return REQUEUE_EXIT_CODE
@@ -355,7 +359,7 @@ class Requeuer:
 
     def _silent_nodes(self) -> tuple[str, ...]:
         """Return the nodes from which no note came, where others left some: the likely cause when all only lost a peer."""
-        heard = {note.node for note in self._run.crash_notes(self._info.job_id, self._info.restart_count)}
+        heard = {note.node for note in self._run.crash_notes(self._info.attempt_label)}
         return tuple(node for node in self._info.nodes if node not in heard) if heard else ()
 
     def _follow_ending(self, step: int | None = None, committed_step: int | None = None) -> int:
@@ -401,12 +405,12 @@ class Requeuer:
         return tuple(node.name for node in nodes if node.states & {"DOWN", "NOT_RESPONDING", "FAIL"})
 
     def _own_job(self, tries: int = _TRIES) -> Job | None:
-        assert self._info.job_id is not None
+        assert self._info.slurm_id is not None
         for _ in range(tries):
             try:
-                return self._slurm.job(self._info.job_id)
+                return self._slurm.job(self._info.slurm_id)
             except MusterError as error:
-                logger.warning("cannot ask Slurm about job %s: %s", self._info.job_id, error)
+                logger.warning("cannot ask Slurm about job %s: %s", self._info.slurm_id, error)
                 self._sleep(_PAUSE_S)
         return None
 
@@ -453,6 +457,9 @@ def after_step(
     a signal before the handlers stood). Whatever a rank settled is left as it is.
     """
     info = read_rank_info({**environ, "SLURM_NTASKS": "1"})  # the batch shell is one process, whatever its step was
+    attempts = run.attempts()
+    if attempts and (attempts[-1].job_id, attempts[-1].restart_count) == (info.job_id, info.restart_count):
+        info = replace(info, step_id=attempts[-1].step_id)
     if status in {0, REQUEUE_EXIT_CODE, CANCELLED_EXIT_CODE} or info.job_id is None or run.is_finished:
         return status
     if run.failure is not None or run.read_ending(info) is not None:

@@ -44,7 +44,10 @@ class Owner:
 
     token: str
     """Random; tells this owner from every other, also from itself in another attempt."""
+    label: str = ""
+    """Its attempt, as `RankInfo.attempt_label`."""
     job_id: str | None = None
+    """As Slurm's commands take it: `12`, `12_3`."""
     restart_count: int = 0
     cluster: str | None = None
     host: str = ""
@@ -53,11 +56,6 @@ class Owner:
     pid: int = 0
     pid_started: str = ""
     """Start time from /proc: a process number may be given out again."""
-
-    @property
-    def attempt(self) -> str:
-        """Job and attempt as one word."""
-        return f"{self.job_id or 'local'}.{self.restart_count}"
 
 
 class RunLock:
@@ -94,7 +92,7 @@ class RunLock:
             present = self._read()
             if present is not None:
                 self._refuse_if_alive(present, owner, is_job_alive)
-                logger.info("taking the lock of %s over from job %s", self._directory, present.attempt)
+                logger.info("taking the lock of %s over from job %s", self._directory, present.label)
             self._write("lock.json", asdict(owner))
             if not is_guarded:
                 time.sleep(_SETTLE_S)
@@ -117,7 +115,7 @@ class RunLock:
         self._step = step
         if self._lost_to is not None:
             raise StateError(
-                f"{self._directory}: job {self._lost_to.attempt} on {self._lost_to.host} has taken this run over while this "
+                f"{self._directory}: job {self._lost_to.label} on {self._lost_to.host} has taken this run over while this "
                 "attempt was cut off; it stops here so that only one writes"
             )
 
@@ -221,7 +219,7 @@ class RunLock:
             self._stop.set()
             return
         with contextlib.suppress(OSError) if self._stop.is_set() else contextlib.nullcontext():
-            beat = {"token": owner.token, "attempt": owner.attempt, "step": self._step, "time_s": self._clock()}
+            beat = {"token": owner.token, "attempt": owner.label, "step": self._step, "time_s": self._clock()}
             self._write("heartbeat.json", beat)
 
     def _read(self) -> Owner | None:
@@ -258,7 +256,8 @@ _ADVICE = "only one job may at a time: wait for it, end it, or choose another ru
 def _myself(info: RankInfo) -> Owner:
     return Owner(
         token=secrets.token_hex(16),
-        job_id=info.job_id,
+        label=info.attempt_label,
+        job_id=info.slurm_id,
         restart_count=info.restart_count,
         cluster=info.cluster,
         host=socket.gethostname(),

@@ -123,7 +123,7 @@ def test_contradicting_variables_are_refused(change: dict[str, str]) -> None:
 def test_elements_of_an_array_are_named_as_people_write_them() -> None:
     """Their own numbers make different ports; they are shown as 2_4."""
     info = read_rank_info({**STEP, "SLURM_ARRAY_JOB_ID": "2", "SLURM_ARRAY_TASK_ID": "4"})
-    assert info.display_id == "2_4"
+    assert info.display_id == info.slurm_id == "2_4"
 
 
 @given(job=st.integers(1, 10**8), restart=st.integers(0, 1000), step=st.integers(0, 1000))

@@ -226,6 +226,15 @@ def test_a_silent_slurm_leaves_the_exit_code(run: RunDirectory) -> None:
     assert run.attempts()[0].reason is EndReason.UNKNOWN
 
 
+def test_an_element_of_an_array_requeues_itself_only(run: RunDirectory) -> None:
+    """The last element has the array's own raw number; only `5_3` does not mean the other elements as well."""
+    slurm = FakeSlurm(IN_GRACE)
+    info = replace(rank_info(job_id="5"), array_job_id="5", array_task="3")
+    run.begin_attempt(info, 0)
+    Requeuer(info, run, slurm=slurm).leave(20)  # type: ignore[arg-type]
+    assert slurm.done == ["requeue 5_3", "update 5_3 StartTime=now+6seconds"]
+
+
 def test_a_refused_requeue_is_tried_again(run: RunDirectory) -> None:
     """One refusal (slurmctld busy) costs a moment, not the job."""
     slurm = FakeSlurm(IN_GRACE)

@@ -87,7 +87,7 @@ def fault(modes: tuple[str, ...], info: Any, step: int) -> None:
         return
     if "crash" in modes and step == FAULT_AT and info.restart_count == 0:
         raise ValueError("the loss is not a number")
-    if "crash-always" in modes and step == FAULT_AT:
+    if "crash-always" in modes and step >= FAULT_AT:
         raise ValueError("the loss is not a number")
     if "killed" in modes and step == FAULT_AT and info.restart_count == 0:
         os.kill(os.getpid(), signal.SIGKILL)

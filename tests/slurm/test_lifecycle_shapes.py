@@ -124,6 +124,14 @@ def seconds_between(earlier: AttemptRecord, later: AttemptRecord) -> float:
     return (later.started - earlier.ended).total_seconds()
 
 
+def bring_back(lab: Lab, node: str) -> None:
+    """Boot a node and put it into service again: Slurm keeps one that was rebooted unexpectedly out until somebody says so."""
+    lab.cluster.power_on(node)
+    time.sleep(2)
+    lab.slurm.resume([node])
+    wait_for(lambda: lab.slurm.node(node).is_usable, 60, f"{node} to come back")
+
+
 def spec_of_shapes(*, user_signal: bool) -> ClusterSpec:
     """local-demo with a low queue for each preemption mode, with and without grace, and a long requeue hold."""
     spec = load_spec(LOCAL_DEMO).model_dump()
@@ -249,7 +257,7 @@ def test_a_failing_rank_is_retried_on_other_nodes(plain_lab: Lab) -> None:
     job = trial.wait_until_ended()
     first, second = trial.attempts
     assert job.state == "COMPLETED", trial.log
-    assert (first.reason, first.failing_rank, first.committed_step) == (EndReason.CRASHED, 1, 10)
+    assert (first.reason, first.failing_rank, first.committed_step) == (EndReason.CRASHED, 1, 10), trial.log
     assert first.failing_node == first.nodes[1]
     assert job.excluded_nodes == (first.failing_node,)
     assert first.failing_node not in second.nodes
@@ -259,7 +267,7 @@ def test_a_failing_rank_is_retried_on_other_nodes(plain_lab: Lab) -> None:
 
 def test_a_run_that_always_fails_stops_with_its_reasons(plain_lab: Lab) -> None:
     """The same error at the same step: the first attempt still saved something, then 2 retries, then the job has FAILED."""
-    trial = plain_lab.submit("hopeless", queue="low", modes=["crash-always"], options=["--nodes=2"])
+    trial = plain_lab.submit("hopeless", queue="low", modes=["gloo", "crash-always"], options=["--nodes=2"])
     job = trial.wait_until_ended(240)
     assert job.state == "FAILED", trial.log
     failed = [attempt for attempt in trial.attempts if attempt.reason is EndReason.CRASHED]
@@ -292,8 +300,7 @@ def test_a_lost_node_is_left_behind(plain_lab: Lab) -> None:
         assert lost not in second.nodes
         assert second.first_step == first.committed_step
     finally:
-        plain_lab.cluster.power_on(lost)
-        wait_for(lambda: plain_lab.slurm.node(lost).is_usable, 60, f"{lost} to come back")
+        bring_back(plain_lab, lost)
 
 
 def test_the_first_node_may_be_lost_as_well(plain_lab: Lab) -> None:
@@ -309,12 +316,11 @@ def test_the_first_node_may_be_lost_as_well(plain_lab: Lab) -> None:
         assert lost not in second.nodes
         assert second.first_step == first.committed_step
     finally:
-        plain_lab.cluster.power_on(lost)
-        wait_for(lambda: plain_lab.slurm.node(lost).is_usable, 60, f"{lost} to come back")
+        bring_back(plain_lab, lost)
 
 
 def test_elements_of_an_array_are_preempted_one_by_one(plain_lab: Lab) -> None:
-    """Each element requeues itself, not its array, and meets at a port of its own."""
+    """Each element requeues itself, not its array (the last one has the array's own number), and meets at a port of its own."""
     run = plain_lab.folder / "array"
     (run / "0").mkdir(parents=True)
     (run / "1").mkdir()
