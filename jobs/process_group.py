@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,22 +132,26 @@ def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
         node=node,
         nodes=(node,),
         master_address="127.0.0.1",
-        master_port=rendezvous_port(environ.get("SLURM_JOB_ID"), _restart_count(environ)),
+        master_port=_default_port(environ),
         **_job_fields(environ),
     )
 
 
-def rendezvous_port(job_id: str | None, restart_count: int, step_id: str | None = None) -> int:
+def rendezvous_port(
+    job_id: str | None, restart_count: int, step_id: str | None = None, *, cluster: str | None = None
+) -> int:
     """Return the port where the ranks of one attempt meet.
 
     Another attempt (up to 8 back) or step (of 8) of the same job has another port, and so do jobs whose numbers are less than
-    270 apart, which is what runs on a node at one time. Elements of an array have their own numbers. All ports lie in
-    12000-29388, clear of Slurm's (6817-6829), of torch's default and of the range that Linux hands out to clients.
+    270 apart, which is what runs on a node at one time. Elements of an array have their own numbers. The cluster's name counts
+    because several clusters on one machine all begin with job 1. All ports lie in 12000-29388, clear of Slurm's (6817-6829),
+    of torch's default and of the range that Linux hands out to clients.
     """
     job = int(job_id) if job_id is not None and job_id.isdecimal() else os.getppid()
     step = int(step_id) if step_id is not None and step_id.isdecimal() else 0
     slot = (restart_count % _ATTEMPTS_BEFORE_REUSE) * _STEPS_BEFORE_REUSE + step % _STEPS_BEFORE_REUSE
-    return _LOWEST_PORT + (job * _ATTEMPTS_BEFORE_REUSE * _STEPS_BEFORE_REUSE + slot) % _PORT_COUNT
+    origin = zlib.crc32((cluster or "").encode())
+    return _LOWEST_PORT + (origin + job * _ATTEMPTS_BEFORE_REUSE * _STEPS_BEFORE_REUSE + slot) % _PORT_COUNT
 
 
 def parse_tasks_per_node(text: str) -> list[int]:
@@ -377,7 +382,9 @@ def _from_step(environ: Mapping[str, str]) -> RankInfo:
         node=environ.get("SLURMD_NODENAME") or nodes[index],
         nodes=nodes,
         master_address=nodes[0],
-        master_port=rendezvous_port(job_id, _restart_count(environ), step_id),
+        master_port=rendezvous_port(
+            job_id, _restart_count(environ), step_id, cluster=environ.get("SLURM_CLUSTER_NAME")
+        ),
         step_id=step_id,
         **_job_fields(environ),
     )
@@ -402,10 +409,14 @@ def _from_launcher(environ: Mapping[str, str]) -> RankInfo:
         node=node,
         nodes=tuple(expand(listed)) if listed else (node,),
         master_address=master,
-        master_port=int(
-            environ.get("MASTER_PORT") or rendezvous_port(environ.get("SLURM_JOB_ID"), _restart_count(environ))
-        ),
+        master_port=int(environ.get("MASTER_PORT") or _default_port(environ)),
         **_job_fields(environ),
+    )
+
+
+def _default_port(environ: Mapping[str, str]) -> int:
+    return rendezvous_port(
+        environ.get("SLURM_JOB_ID"), _restart_count(environ), cluster=environ.get("SLURM_CLUSTER_NAME")
     )
 
 

@@ -143,6 +143,11 @@ def test_neighbouring_jobs_and_attempts_never_share_a_port(job: int, other: int,
     assert (ports[0] == ports[1]) == (first == second)
 
 
+def test_clusters_on_one_machine_have_ports_of_their_own() -> None:
+    """Job 4 of the cluster `demo` and job 4 of `session` run side by side on a laptop."""
+    assert rendezvous_port("4", 0, cluster="demo") != rendezvous_port("4", 0, cluster="session")
+
+
 # How ranks meet
 
 

@@ -18,7 +18,7 @@ from cluster.local import LocalCluster
 from cluster.settings import ClusterSpec, load_spec
 from cluster.slurm import SlurmCliClient
 from cluster.slurm_records import Job
-from jobs.attempts import AttemptRecord, EndReason
+from jobs.attempts import AttemptRecord, EndReason, failures_without_progress
 from jobs.journal import RunDirectory
 
 pytestmark = [pytest.mark.daemons, pytest.mark.timeout(600)]
@@ -270,8 +270,9 @@ def test_a_run_that_always_fails_stops_with_its_reasons(plain_lab: Lab) -> None:
     trial = plain_lab.submit("hopeless", queue="low", modes=["gloo", "crash-always"], options=["--nodes=2"])
     job = trial.wait_until_ended(240)
     assert job.state == "FAILED", trial.log
-    failed = [attempt for attempt in trial.attempts if attempt.reason is EndReason.CRASHED]
-    assert len(failed) == len(trial.attempts) <= 4
+    assert all(attempt.reason is EndReason.CRASHED for attempt in trial.attempts)
+    assert trial.attempts[-4].made_progress
+    assert len(failures_without_progress(trial.attempts, None)) == 3
     assert trial.run.failure is not None
     assert "the loss is not a number" in trial.run.failure
 
