@@ -22,7 +22,7 @@ def draw_samples(
     model: Any,
     config: TrainConfig,
     *,
-    count: int,
+    numbers: Sequence[int],
     height: int,
     width: int,
     sampler: Literal["ddim", "ddpm", "dpm++"] = "ddim",
@@ -31,12 +31,12 @@ def draw_samples(
     batch_size: int = 64,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Images:
-    """Draw pictures; the same ones for the same weights, seed and sampler, however many are drawn at a time.
+    """Draw pictures; the same ones for the same weights, seed and sampler, whichever others are drawn with them.
 
     Args:
         model: With the weights to use; as `jobs.model.build_model` makes it.
         config: What the model was trained with.
-        count: Pictures.
+        numbers: Which pictures of the seed to draw: `range(8)` for the first eight.
         height: Of a picture.
         width: Of a picture.
         sampler: How to walk back along the noising chain.
@@ -46,7 +46,7 @@ def draw_samples(
         should_stop: Asked before each step of the walk.
 
     Returns:
-        count x height x width x RGB.
+        As many as `numbers` x height x width x RGB.
 
     Raises:
         InterruptedRunError: `should_stop` said so.
@@ -58,11 +58,11 @@ def draw_samples(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    pictures = []
+    pictures = [np.empty((0, height, width, 3), dtype=np.uint8)]
     try:
-        for first in range(0, count, batch_size):
-            numbers = range(first, min(count, first + batch_size))
-            generators = [torch.Generator().manual_seed(_seed_of(seed, number)) for number in numbers]
+        for first in range(0, len(numbers), batch_size):
+            chosen = numbers[first : first + batch_size]
+            generators = [torch.Generator().manual_seed(_seed_of(seed, number)) for number in chosen]
             start = torch.stack([torch.randn(3, height, width, generator=generator) for generator in generators])
             sample = start.to(device).contiguous(memory_format=memory_format(config.model, device))
             scheduler = _make_scheduler(config, sampler, inference_steps)
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures = draw_samples(
             model,
             config,
-            count=options.count,
+            numbers=range(options.count),
             height=height,
             width=width,
             sampler=options.sampler,

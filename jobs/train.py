@@ -263,34 +263,34 @@ def evaluate(training: Training, reporter: Reporter) -> None:
 
 
 def show_samples(training: Training, reporter: Reporter) -> None:
-    """Draw a grid of pictures for the trackers, on the first rank; left undone if it is asked to stop meanwhile.
-
-    The other ranks go on to the next step and wait there.
-    """
-    if not training.is_first:
-        return
+    """Draw a grid of pictures for the trackers, unless a rank is asked to stop meanwhile. A collective call."""
     try:
-        reporter.trackers.log_picture("samples", draw_grid(training), training.step)
-    except InterruptedRunError:
-        reporter.say("asked to stop while drawing pictures: left undone")
+        grid = draw_grid(training)
+    except InterruptedRunError as error:
+        reporter.say(str(error))
+        return
+    reporter.trackers.log_picture("samples", grid, training.step)
     reporter.restart_clock()
 
 
 def draw_grid(training: Training) -> npt.NDArray[np.uint8]:
-    """Draw the configured number of pictures with the averaged weights.
+    """Draw the configured number of pictures with the averaged weights, every rank its share. A collective call.
 
     Raises:
-        InterruptedRunError: This rank is asked to stop.
+        InterruptedRunError: A rank is asked to stop; on every rank alike.
     """
+    import numpy as np
+
     from jobs.sample import draw_samples, make_grid
 
-    settings = training.config.sampling
+    settings, world_size = training.config.sampling, training.info.world_size
     height, width = training.picture_size
-    with training.ema.in_place_of(training.bare_model):
-        pictures = draw_samples(
+    share: npt.NDArray[np.uint8] | None = None
+    with contextlib.suppress(InterruptedRunError), training.ema.in_place_of(training.bare_model):
+        share = draw_samples(
             training.bare_model,
             training.config,
-            count=settings.count,
+            numbers=range(training.info.rank, settings.count, world_size),
             height=height,
             width=width,
             sampler=settings.sampler,
@@ -298,6 +298,11 @@ def draw_grid(training: Training) -> npt.NDArray[np.uint8]:
             seed=settings.seed,
             should_stop=lambda: training.is_stop_requested,
         )
+    pictures = np.empty((settings.count, height, width, 3), dtype=np.uint8)
+    for rank, part in enumerate(training.ranks.gather(share)):
+        if part is None:
+            raise InterruptedRunError("asked to stop while pictures were drawn; they are left undone")
+        pictures[rank::world_size] = part
     return make_grid(pictures)
 
 
@@ -308,13 +313,14 @@ def finish(training: Training, run: RunDirectory, reporter: Reporter) -> None:
     """Leave pictures, the loss curve and the model behind, and mark the run as finished. A collective call.
 
     Raises:
-        InterruptedRunError: The first rank is asked to stop meanwhile. The next attempt has only this left to do.
+        InterruptedRunError: A rank is asked to stop meanwhile. The next attempt has only this left to do.
     """
     from jobs.loss_curve import draw_loss_curve
     from jobs.sample import save_picture
 
+    grid = draw_grid(training)
+
     def leave_results() -> None:
-        grid = draw_grid(training)
         reporter.trackers.log_picture("samples", grid, training.step)
         save_picture(grid, training.files.pictures)
         draw_loss_curve(training.files.metrics, training.files.loss_curve)

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,8 +58,6 @@ class Training:
     """Optimizer steps done, over all attempts."""
     saved_step: int | None = None
     """Step of the last committed checkpoint."""
-    replaced: set[str] = field(default_factory=set)
-    """Damaged samples that this rank has met."""
 
     @property
     def is_first(self) -> bool:

@@ -187,7 +187,9 @@ def config() -> TrainConfig:
 
 
 def draw(model: nn.Module, config: TrainConfig, **changes: Any) -> np.ndarray:
-    return draw_samples(model, config, **{"count": 3, "height": 8, "width": 8, "inference_steps": 3, **changes})
+    return draw_samples(
+        model, config, **{"numbers": range(3), "height": 8, "width": 8, "inference_steps": 3, **changes}
+    )
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -202,6 +204,13 @@ def test_pictures_depend_on_the_seed_and_nothing_else(model: nn.Module, config: 
     again = draw(model, config, sampler=sampler, batch_size=1)
     assert np.abs(first.astype(int) - again.astype(int)).max() <= 1  # sums in convolutions depend on the batch
     assert not np.array_equal(first, draw(model, config, sampler=sampler, seed=1))
+    third = draw(model, config, sampler=sampler, numbers=[2])[0]
+    assert np.abs(first[2].astype(int) - third.astype(int)).max() <= 1
+
+
+def test_a_rank_without_a_share_draws_nothing(model: nn.Module, config: TrainConfig) -> None:
+    """Fewer pictures than ranks leave some ranks with none, which is no error."""
+    assert draw(model, config, numbers=range(5, 4, 8)).shape == (0, 8, 8, 3)
 
 
 def test_drawing_can_be_stopped_and_leaves_the_model_in_training(model: nn.Module, config: TrainConfig) -> None:

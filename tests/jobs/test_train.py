@@ -526,6 +526,21 @@ def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path: Path, shards: P
         )
 
 
+def test_other_precisions_and_objectives_train(tmp_path: Path, shards: Path, in_process: Any) -> None:
+    """bf16, epsilon and deterministic algorithms together: finite losses close to those of fp32."""
+    same_otherwise = {"steps": 3, "objective": {"prediction": "epsilon"}, "model": {"dropout": 0.0}}
+    plain = make_config(tmp_path / "fp32", shards, **same_otherwise)
+    config = make_config(tmp_path / "bf16", shards, precision="bf16", deterministic=True, **same_otherwise)
+    try:
+        assert in_process(plain) == 0
+        assert in_process(config) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ours, theirs = (np.array([float.fromhex(text) for text in losses(c.run_directory)]) for c in (config, plain))
+    assert np.allclose(ours, theirs, rtol=0.05)
+    assert not np.array_equal(ours, theirs)
+
+
 def test_steps_to_run_is_the_beginning_of_the_whole(
     tmp_path: Path, shards: Path, straight: Path, in_process: Any
 ) -> None:
