@@ -6,10 +6,10 @@ import ast
 import importlib.metadata
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "jobs", "monitoring", "hooks", "templates")
@@ -17,7 +17,9 @@ PACKAGES = ("cluster", "jobs", "monitoring", "hooks", "templates")
 
 def tracked_files() -> list[str]:
     """Return the files that git tracks."""
-    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    return subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    ).stdout.splitlines()
 
 
 def test_the_top_level_is_as_fixed() -> None:
@@ -30,7 +32,9 @@ def test_the_top_level_is_as_fixed() -> None:
 def test_no_other_distribution_owns_one_of_our_import_names() -> None:
     """`import jobs` means ours: no installed package brings a module of the same name."""
     owners = importlib.metadata.packages_distributions()
-    assert {name: sorted(set(owners.get(name, []))) for name in PACKAGES if set(owners.get(name, [])) - {"muster-hpc"}} == {}
+    assert {
+        name: sorted(set(owners.get(name, []))) for name in PACKAGES if set(owners.get(name, [])) - {"muster-hpc"}
+    } == {}
 
 
 def test_the_wheel_lists_every_package() -> None:

@@ -15,7 +15,9 @@ from cluster.errors import MusterError, NotFoundError, SlurmError
 HEAVY = ("torch", "boto3", "botocore", "diffusers", "accelerate", "submitit", "numpy", "matplotlib", "pynvml")
 
 
-def muster(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def muster(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, as a person would."""
     return subprocess.run(
         [sys.executable, "-c", "from cluster.cli import main; main()", *arguments],
@@ -37,7 +39,9 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         "except SystemExit as end: status = end.code\n"
         f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules], status)"
     )
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.stdout.splitlines()[-1] == "LOADED [] 0", result.stdout + result.stderr
 
 
@@ -70,7 +74,12 @@ def test_errors_of_our_tree_are_one_message_and_their_exit_code(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(NotFoundError("x"), 7), (SlurmError("x", argv=["a"], returncode=1), 5), (MusterError("x"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (NotFoundError("x"), 7),
+        (SlurmError("x", argv=["a"], returncode=1), 5),
+        (MusterError("x"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
     """Each kind of error ends the process with the code of the table."""
@@ -84,7 +93,9 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code:
     assert caught.value.code == code
 
 
-def test_an_unexpected_error_has_a_traceback_only_with_v(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_has_a_traceback_only_with_v(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A fault in Muster is one message, and the traceback when asked for."""
 
     def fail(_: object) -> object:
