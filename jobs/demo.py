@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,6 +87,7 @@ class Story:
     def __post_init__(self) -> None:
         self.runs = self.directory / "runs"
         self.job_ids: list[str] = []
+        self.nodes_free_at: datetime | None = None
 
     # ---- the cluster
 
@@ -217,6 +219,7 @@ class Story:
             lambda: f"job {high_id} runs, training waits ({self.job(training).reason or 'queued'})",
         )
         self.require_success(high_id, high)
+        self.nodes_free_at = self.job(high_id).end_time
         self.screen.event("high priority job done", f"training will go on at step {stopped_at}")
         return stopped_at, waited_s
 
@@ -297,7 +300,8 @@ class Story:
             resumed_bit_equal=comparison.is_equal,
             steps_compared=comparison.compared,
             preempt_to_high_running_s=round(high_waited_s, 2),
-            requeue_to_first_step_s=seconds_to_first_step(attempts, run),
+            requeue_to_first_step_s=seconds_to_first_step(attempts, run, since=attempts[0].ended),
+            nodes_free_to_first_step_s=seconds_to_first_step(attempts, run, since=self.nodes_free_at),
             first_loss=mean_loss(steps, last=False),
             last_loss=mean_loss(steps, last=True),
             images=images,
@@ -404,6 +408,7 @@ def _print_summary(screen: Screen, report: DemoReport, directory: Path) -> None:
             ("preempted, requeued", f"{report.preemptions} x, {report.requeues} x"),
             ("high job waited", seconds(report.preempt_to_high_running_s)),
             ("requeue to first step", seconds(report.requeue_to_first_step_s)),
+            ("nodes free to first step", seconds(report.nodes_free_to_first_step_s)),
             ("losses after the resume", f"{equal} to an uninterrupted run, {report.steps_compared} steps compared"),
             (
                 "samples",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class DemoReport:
     steps_compared: int
     preempt_to_high_running_s: float | None
     requeue_to_first_step_s: float | None
+    nodes_free_to_first_step_s: float | None
     first_loss: float | None
     last_loss: float | None
     images: list[str] = field(default_factory=list)
@@ -92,13 +94,13 @@ def mean_loss(steps: Mapping[int, Mapping[str, Any]], *, last: bool, count: int 
     return sum(float(steps[step]["loss"]) for step in chosen) / len(chosen) if chosen else None
 
 
-def seconds_to_first_step(attempts: Sequence[AttemptRecord], run: Path) -> float | None:
-    """Return the seconds from the end of the first attempt to the end of the second's first step; None if it has none."""
-    if len(attempts) < 2 or attempts[0].ended is None:
+def seconds_to_first_step(attempts: Sequence[AttemptRecord], run: Path, *, since: datetime | None) -> float | None:
+    """Return the seconds from `since` to the end of the second attempt's first step; None if either is not known."""
+    if len(attempts) < 2 or since is None:
         return None
     number = attempts[1].number
     times = [record["time"] for record in read_json_lines(run / "metrics.jsonl") if record["attempt"] == number]
-    return round(min(times) - attempts[0].ended.timestamp(), 2) if times else None
+    return round(min(times) - since.timestamp(), 2) if times else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,12 +80,14 @@ def test_mean_loss_of_the_ends(tmp_path: Path) -> None:
     assert mean_loss({}, last=True) is None
 
 
-def test_the_time_back_is_from_the_end_of_one_attempt_to_the_first_step_of_the_next(tmp_path: Path) -> None:
-    """Waiting, start-up and the first step all count; without a second attempt nothing was measured."""
+def test_the_time_back_ends_with_the_first_step_of_the_second_attempt(tmp_path: Path) -> None:
+    """Waiting, start-up and the first step all count; without a second attempt, or a beginning, nothing was measured."""
     run = write_metrics(tmp_path / "a", [(1, 0, 1.0), (2, 1, 1.0), (2, 2, 1.0)])
-    first = AttemptRecord(number=1, ended=datetime.fromtimestamp(90.5, tz=timezone.utc))
-    assert seconds_to_first_step([first, AttemptRecord(number=2)], run) == pytest.approx(10.5)
-    assert seconds_to_first_step([first], run) is None
+    since = datetime.fromtimestamp(90.5, tz=timezone.utc)
+    both = [AttemptRecord(number=1), AttemptRecord(number=2)]
+    assert seconds_to_first_step(both, run, since=since) == pytest.approx(10.5)
+    assert seconds_to_first_step(both[:1], run, since=since) is None
+    assert seconds_to_first_step(both, run, since=None) is None
 
 
 def test_the_timeline_shows_waiting_and_both_attempts() -> None:
