@@ -20,6 +20,7 @@ Rule = Callable[[ClusterSpec], Iterator[tuple[KeyPath, Finding]]]
 _SLURM_DEFAULT_HOLD = timedelta(seconds=120)  # cred_expire of Slurm's munge plugin
 _LARGE_CLUSTER_NODES = 256
 _SAFE_HOLD_FOR_LARGE = timedelta(seconds=60)
+_SHORTEST_HOLD = timedelta(seconds=5)  # tried on Slurm 22.05: below this it takes 120 s instead
 _SHORTEST_SAVE = timedelta(seconds=10)
 
 
@@ -122,14 +123,14 @@ def _requeue_hold(spec: ClusterSpec) -> Iterator[tuple[KeyPath, Finding]]:
             "every preempted job waits this long before it can start again",
             "30s is enough for most clusters",
         )  # fmt: skip
-    if hold < timedelta(seconds=1):
+    if hold < _SHORTEST_HOLD:
         yield _find(
             path,
-            "hold-zero",
+            "hold-too-small",
             Level.ERROR,
             format_duration(hold),
-            "credentials would expire before a node reads them",
-            "use at least 1s",
+            "Slurm throws away a credential life (cred_expire) below 5s and takes its default of 120s instead",
+            "use at least 5s",
         )
 
 

@@ -82,7 +82,7 @@ def down(
         raise typer.BadParameter("--all and --name contradict each other")
     clusters = [c for c in list_clusters() if c.is_mine()] if every else [find_cluster(name)]
     if not clusters:
-        raise NotFoundError("no cluster on this machine, so there is none to end")
+        console().print("no cluster of yours on this machine, so there is none to end", highlight=False)
     for cluster in clusters:
         cluster.down(keep_logs=keep_logs)
         left = f"its logs are in {cluster.layout.logs}" if keep_logs else "nothing is left of it"

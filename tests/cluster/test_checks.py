@@ -53,7 +53,7 @@ def test_a_good_description_has_no_finding() -> None:
         ("grace: 30s\n", "grace: 0s\n", None),
         ("preemption: requeue", "preemption: cancel", ("cancel-loses-jobs", "queues[1].preemption", 11)),
         ("requeue_hold: 30s", "requeue_hold: 120s", ("hold-long", "scheduling.requeue_hold", 16)),
-        ("requeue_hold: 30s", "requeue_hold: 0", ("hold-zero", "scheduling.requeue_hold", 16)),
+        ("requeue_hold: 30s", "requeue_hold: 0", ("hold-too-small", "scheduling.requeue_hold", 16)),
         ("nodes: 4", "nodes: 256", ("hold-too-short", "scheduling.requeue_hold", 16)),
         ("requeue_hold: 30s", "kill_wait: 5s", None),
         (
@@ -134,7 +134,7 @@ def test_every_finding_tells_what_to_do() -> None:
     [
         (GOOD, 0, "0 errors"),
         (GOOD.replace("tier: 100", "tier: 5"), 0, "nothing-preempts"),
-        (GOOD.replace("requeue_hold: 30s", "requeue_hold: 0"), 4, "hold-zero"),
+        (GOOD.replace("requeue_hold: 30s", "requeue_hold: 0"), 4, "hold-too-small"),
         (GOOD.replace("nodes: 4", "noodes: 4"), 4, "did you mean nodes?"),
     ],
 )
