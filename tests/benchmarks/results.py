@@ -1,0 +1,101 @@
+"""What a benchmark found: two things measured side by side in one run, and their ratio."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from statistics import median
+from typing import Any
+
+from cluster.errors import MusterError
+from cluster.shell import LocalShell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One comparison. Less is better in all of them."""
+
+    name: str
+    ours: float
+    other: float | None
+    """None where there is nothing to compare with: then it is only a figure."""
+    other_is: str
+    """What `other` was measured on."""
+    unit: str
+    ratio: float | None
+    """`ours` by `other`; where it was measured in rounds, the median of the rounds' own ratios."""
+    note: str = ""
+
+
+def compare(
+    name: str, ours: Sequence[float], other: Sequence[float], *, other_is: str, unit: str, note: str = ""
+) -> Result:
+    """Make the result of rounds in which both sides were measured, `ours[i]` next to `other[i]`.
+
+    Ratios are taken round by round, because two figures taken next to each other share what else the machine was doing then.
+    Where the sides have different numbers of rounds, or the other side measured 0, it is the ratio of the medians.
+    """
+    both = median(ours), median(other)
+    if len(ours) == len(other) and all(other):
+        ratios = [mine / theirs for mine, theirs in zip(ours, other, strict=True)]
+        ratio: float | None = median(ratios)
+        if len(ratios) > 1:
+            note = f"{note}; " * bool(note) + f"{len(ratios)} rounds, ratios {min(ratios):.2f}-{max(ratios):.2f}"
+    else:
+        ratio = both[0] / both[1] if both[1] else None
+    return Result(name=name, ours=both[0], other=both[1], other_is=other_is, unit=unit, ratio=ratio, note=note)
+
+
+def machine() -> dict[str, Any]:
+    """Say what the figures were measured on. The load is that of the minute before: anything near 0 is a quiet machine."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": _system(),
+        "python": platform.python_version(),
+        "slurm": _slurm_version(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def as_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return the results as JSON can hold them."""
+    return [asdict(result) for result in results]
+
+
+def row(result: Result) -> tuple[str, ...]:
+    """Return the cells of a result in the table: name, ours, other, ratio, what the other is, note."""
+    other = "" if result.other is None else f"{figure(result.other)} {result.unit}"
+    ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
+    return result.name, f"{figure(result.ours)} {result.unit}", other, ratio, result.other_is, result.note
+
+
+def figure(value: float) -> str:
+    """Write a number with three digits that mean something, and no exponent."""
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a line at a time, not the whole of it
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:
+        return platform.platform()
+
+
+def _slurm_version() -> str | None:
+    try:
+        return LocalShell().run(["scontrol", "--version"], timeout_s=10).stdout.strip()
+    except MusterError:
+        return None
