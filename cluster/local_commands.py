@@ -155,7 +155,7 @@ def _read_spec(path: Path | None) -> ClusterSpec:
     if path is not None:
         spec = validate(ClusterSpec, read_yaml(path))
     else:
-        text = importlib.resources.files("templates").joinpath("cluster", "local-demo.yaml").read_text(encoding="utf-8")
+        text = importlib.resources.files("templates").joinpath("cluster/local-demo.yaml").read_text(encoding="utf-8")
         spec = validate(ClusterSpec, parse_yaml(text, source="templates/cluster/local-demo.yaml"))
     if spec.target != "local":
         raise StateError(f"{path}: target is {spec.target}; muster local up starts clusters with `target: local` only")

@@ -39,7 +39,7 @@ class Nodes:
     def prepare(self) -> None:
         """Write what every node needs: its boot script, the names of all nodes, and the device files of the GPUs."""
         layout = self._layout
-        script = importlib.resources.files("templates").joinpath("local", "node.sh").read_text(encoding="utf-8")
+        script = importlib.resources.files("templates").joinpath("local/node.sh").read_text(encoding="utf-8")
         write_file(layout.node_script, script)
         write_file(layout.hosts, _hosts(self._names))
         make_directory(layout.spool, 0o755)
