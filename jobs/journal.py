@@ -94,6 +94,28 @@ class RunDirectory:
         """Return every attempt, oldest first. Lines that cannot be read (a crash may tear the last one) are left out."""
         return fold_events(self._events())
 
+    def lock(self, info: RankInfo, *, is_job_alive: Callable[[str], bool | None] | None = None) -> None:
+        """Become the only one who may write here, before anything is changed. Only rank 0 does anything.
+
+        `begin_attempt` then goes on with this lock; where it is never reached, `release` gives it back.
+
+        Args:
+            info: Who this process is.
+            is_job_alive: See `begin_attempt`.
+
+        Raises:
+            StateError: Another job works on this run, or this process has locked it already.
+        """
+        if not info.is_first:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.take(info, is_job_alive=is_job_alive)
+
+    def release(self) -> None:
+        """Give the lock back where no attempt came of it; nothing where it is not held. An attempt's end does the same."""
+        if self._current is None:
+            self._lock.release()
+
     def begin_attempt(
         self,
         info: RankInfo,
@@ -120,15 +142,11 @@ class RunDirectory:
         """
         if not info.is_first:
             return None
-        if self.is_finished:
-            raise StateError(
-                f"{self.path}: this run is finished; choose another run directory, or remove {self.path / 'finished'} "
-                "to train it further"
-            )
-        self._refuse_if_given_up()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.take(info, is_job_alive=is_job_alive)
+        if self._current is not None or not self._lock.is_held:
+            self._refuse_if_over()  # before anything is written
+            self.lock(info, is_job_alive=is_job_alive)
         try:
+            self._refuse_if_over()
             self._complete_earlier(start_step, explain)
             attempts = self.attempts()
             failures = failures_without_progress(self._since_cleared(), start_step)
@@ -309,6 +327,14 @@ class RunDirectory:
         """Let a run that has given up try again; its failures so far no longer count."""
         self._append("cleared", by=getpass.getuser())
         (self.path / "failed").unlink(missing_ok=True)
+
+    def _refuse_if_over(self) -> None:
+        if self.is_finished:
+            raise StateError(
+                f"{self.path}: this run is finished; choose another run directory, or remove {self.path / 'finished'} "
+                "to train it further"
+            )
+        self._refuse_if_given_up()
 
     def _refuse_if_given_up(self) -> None:
         reasons = self.failure

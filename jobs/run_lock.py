@@ -81,6 +81,11 @@ class RunLock:
         """The last sign of life before this owner's: `attempt`, `step`, `time_s`; empty where there was none."""
         return self._earlier_sign
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has taken the lock and not given it back; it may have been taken over (see `note_step`)."""
+        return self._owner is not None
+
     def take(self, info: RankInfo, *, is_job_alive: Callable[[str], bool | None] | None = None) -> None:
         """Become the owner, and give signs of life from a thread from then on.
 

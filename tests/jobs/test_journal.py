@@ -425,3 +425,37 @@ def test_an_attempt_in_one_line(run: RunDirectory) -> None:
     assert describe_attempt(dataclasses.replace(attempt, reason=None, message="", failing_rank=None)).endswith(
         "running"
     )
+
+
+def test_a_run_is_locked_before_its_attempt_begins(run: RunDirectory, clock: Clock) -> None:
+    """Locked, then begun with the same lock; meanwhile another is refused; the attempt's end unlocks."""
+    run.lock(rank_info())
+    assert run.attempts() == []
+    with pytest.raises(StateError, match="works on this run"):
+        again(run, clock).lock(rank_info(job_id="8"))
+    assert run.begin_attempt(rank_info(), 0) is not None
+    run.release()  # an attempt's own lock is not given back by this
+    assert (run.path / "lock.json").exists()
+    run.end_attempt(EndReason.PREEMPTED, 1)
+    assert not (run.path / "lock.json").exists()
+
+
+def test_a_lock_without_an_attempt_is_given_back(run: RunDirectory, clock: Clock) -> None:
+    """What fails between the lock and the attempt frees the run for the next; other ranks touch nothing."""
+    run.release()
+    run.lock(rank_info(1))
+    assert not run.path.exists()
+    run.lock(rank_info())
+    run.release()
+    again(run, clock).lock(rank_info(job_id="8"))
+
+
+def test_a_finished_run_gives_an_earlier_lock_back(run: RunDirectory, clock: Clock) -> None:
+    """Refused because it is finished, the lock taken before is not left behind."""
+    run.begin_attempt(rank_info(), 0)
+    run.mark_finished(3)
+    later = again(run, clock)
+    later.lock(rank_info(job_id="8"))
+    with pytest.raises(StateError, match="finished"):
+        later.begin_attempt(rank_info(job_id="8"), 3)
+    assert not (run.path / "lock.json").exists()
