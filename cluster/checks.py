@@ -214,6 +214,20 @@ def _pools_are_used(spec: ClusterSpec) -> Iterator[tuple[KeyPath, Finding]]:
             )  # fmt: skip
 
 
+def _not_enforced_yet(spec: ClusterSpec) -> Iterator[tuple[KeyPath, Finding]]:
+    """Yield settings that this version reads and does not act on."""
+    for number, project in enumerate(spec.projects):
+        if project.budget_gpu_hours is not None:
+            yield _find(
+                ("projects", number, "budget_gpu_hours"),
+                "not-enforced-yet",
+                Level.NOTE,
+                project.budget_gpu_hours,
+                "this version of Muster records the budget and does not enforce it",
+                "use max_gpus for a limit that holds today",
+            )
+
+
 def _preempted_by_nobody(queue: Queue) -> bool:
     return queue.preemption == "off"
 
@@ -227,4 +241,5 @@ RULES: tuple[Rule, ...] = (
     _times,
     _projects_are_used,
     _pools_are_used,
+    _not_enforced_yet,
 )

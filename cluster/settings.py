@@ -114,7 +114,7 @@ class Project(Section):
     max_gpus: int | None = Field(default=None, ge=0)
     """Most GPUs in use at one time; no limit by default."""
     budget_gpu_hours: float | None = Field(default=None, ge=0)
-    """GPU-hours granted; over budget only the low queue remains. No limit by default."""
+    """GPU-hours granted; no limit by default. Recorded only: nothing enforces it yet, and `muster cluster check` says so."""
 
 
 class PriorityWeights(Section):
@@ -130,8 +130,9 @@ class PriorityWeights(Section):
 class Scheduling(Section):
     """How the scheduler treats jobs, the same in production and on this machine."""
 
-    requeue_exit_code: int = Field(default=75, ge=1, le=127)
-    """Exit code with which a trainer that has saved asks to be requeued (RequeueExit). 75 is EX_TEMPFAIL."""
+    requeue_exit_code: Literal[75] = 75
+    """Exit code with which a trainer that has saved asks to be requeued (RequeueExit). It is EX_TEMPFAIL, and fixed: trainers
+    and batch scripts carry it too."""
     kill_wait: Duration = timedelta(seconds=60)
     """Time between SIGTERM and SIGKILL (KillWait); cluster-wide. It is all that a job with no grace has to save."""
     requeue_hold: Duration = timedelta(seconds=30)

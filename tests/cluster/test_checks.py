@@ -78,6 +78,11 @@ def test_a_good_description_has_no_finding() -> None:
             ("minimum-run-without-preemption", "queues[0].minimum_run", 8),
         ),
         (
+            "- name: research",
+            "- name: research\n    budget_gpu_hours: 100",
+            ("not-enforced-yet", "projects[0].budget_gpu_hours", 15),
+        ),
+        (
             "{name: gpu, nodes: 4}",
             "{name: gpu, nodes: 4}\n  - {name: spare, nodes: 1}",
             ("pool-without-queue", "pools[1].name", 4),
