@@ -38,7 +38,13 @@ class Cause:
 
 
 def judge(
-    job: Job | None, info: RankInfo, *, signal_name: str | None, now: datetime, down_nodes: Sequence[str] = ()
+    job: Job | None,
+    info: RankInfo,
+    *,
+    signal_name: str | None,
+    now: datetime,
+    down_nodes: Sequence[str] = (),
+    crashed: bool = False,
 ) -> Cause:
     """Tell from Slurm's record of the job why its processes are signalled; pure.
 
@@ -48,6 +54,8 @@ def judge(
         signal_name: The signal; None if the attempt ends without one.
         now: The time.
         down_nodes: Nodes of the attempt that are down.
+        crashed: Whether it fails without having been signalled. Then a limit that is merely near explains nothing: a short
+            limit is near from the first second on.
     """
     came = f"{signal_name} came" if signal_name else "no signal came"
     if job is None:
@@ -69,7 +77,7 @@ def judge(
         )
     if down_nodes:
         return Cause(EndReason.NODE_FAILURE, f"{', '.join(down_nodes)} failed", comes_back=job.may_requeue is not False)
-    if _is_time_up(job, now, is_ending=is_ending):
+    if (is_ending or not crashed) and _is_time_up(job, now, is_ending=is_ending):
         return Cause(EndReason.TIME_LIMIT, f"the time limit of {job.time_limit} is near", job.may_requeue is not False)
     if is_ending:
         return Cause(EndReason.CANCELLED, "cancelled (scancel)", comes_back=False)

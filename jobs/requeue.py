@@ -338,7 +338,8 @@ class Requeuer:
             return Ending(own_code, EndReason.CRASHED, first.message, rank, node)
         job = self._own_job()
         down_nodes = self._down_nodes(job)
-        cause = judge(job, info, signal_name=None, now=self._now(), down_nodes=down_nodes)
+        crashed = self._stop is None or self._stop.requested is None
+        cause = judge(job, info, signal_name=None, now=self._now(), down_nodes=down_nodes, crashed=crashed)
         bad = down_nodes
         if cause.reason in {EndReason.SIGNALLED, EndReason.UNKNOWN}:  # nothing from outside: the fault is in here
             bad = (node,) if node is not None else self._silent_nodes()

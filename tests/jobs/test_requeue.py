@@ -349,6 +349,36 @@ def test_what_a_person_must_mend_is_not_tried_again(run: RunDirectory) -> None:
     assert slurm.done == []
 
 
+def test_a_crash_early_in_a_short_job_is_no_time_limit(run: RunDirectory) -> None:
+    """Second 5 of a limit of two minutes: the failure counts, so that `retries` ends the job some day."""
+    short = replace(
+        RUNNING,
+        start_time=NOW - timedelta(seconds=5),
+        end_time=NOW + timedelta(seconds=115),
+        time_limit=timedelta(minutes=2),
+    )
+    slurm = FakeSlurm(short)
+    run.begin_attempt(rank_info(), 0)
+    assert make(run, slurm, retries=0).leave_after_crash(ValueError("not a number")) == 1
+    assert slurm.done == []
+    assert run.attempts()[0].reason is EndReason.CRASHED
+
+
+@pytest.mark.parametrize(("job", "signal_number"), [(AT_THE_LIMIT, None), (NEAR_THE_LIMIT, signal.SIGUSR2)])
+def test_a_crash_at_the_time_limit_is_the_limits_fault(
+    run: RunDirectory, job: Job, signal_number: signal.Signals | None
+) -> None:
+    """Ended by Slurm, or warned and then failing on peers that have left: no failure, no blame."""
+    slurm = FakeSlurm(job)
+    run.begin_attempt(rank_info(), 0)
+    with StopSignals() as stop:
+        if signal_number is not None:
+            os.kill(os.getpid(), signal_number)
+        error = RuntimeError("Connection closed by peer")
+        assert make(run, slurm, retries=0, stop=stop).leave_after_crash(error) == REQUEUE_EXIT_CODE
+    assert run.attempts()[0].reason is EndReason.TIME_LIMIT
+
+
 def test_a_crash_in_a_cancelled_job_brings_nothing_back(run: RunDirectory) -> None:
     """scancel while the ranks are in a collective: they fail on broken connections, and the job stays cancelled."""
     slurm = FakeSlurm(CANCELLED)
