@@ -230,7 +230,11 @@ class PreprocessOutput:
     def _locked_for(self, owner: str) -> Iterator[None]:
         path = self.directory / _LOCK_NAME
         with _open_lock(path) as descriptor:
-            if _try_lock(descriptor, fcntl.LOCK_EX, path):
+            is_alone = _try_lock(descriptor, fcntl.LOCK_EX, path)
+            if is_alone is None:  # nobody can tell who else is here, so nothing of anybody's is touched
+                yield
+                return
+            if is_alone:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, owner.encode(), 0)
                 self._remove_leftovers()  # alone here: whatever is unfinished belongs to the dead
@@ -359,7 +363,8 @@ def _open_lock(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, kind: int, path: Path) -> bool:
+def _try_lock(descriptor: int, kind: int, path: Path) -> bool | None:
+    """Say whether the lock is held now; None where the file system has no locks, so that nobody can hold any."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -370,6 +375,7 @@ def _try_lock(descriptor: int, kind: int, path: Path) -> bool:
         logger.warning(
             "%s: this file system has no locks (%s), so nothing keeps a second run out", path.parent, error.strerror
         )
+        return None
     return True
 
 
@@ -377,6 +383,6 @@ def _try_lock(descriptor: int, kind: int, path: Path) -> bool:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock alone, waiting for it as long as it takes: whoever holds it writes an index, or dies and frees it."""
     with _open_lock(path) as descriptor:
-        while not _try_lock(descriptor, fcntl.LOCK_EX, path):
+        while _try_lock(descriptor, fcntl.LOCK_EX, path) is False:
             time.sleep(0.1)
         yield

@@ -27,6 +27,7 @@ from jobs.preprocess import Summary, main, preprocess
 from jobs.preprocess_output import ItemList, PreprocessOutput
 from jobs.preprocess_settings import OpenMojiSource, PreprocessConfig, load_preprocess_config
 from jobs.process_group import read_rank_info
+from jobs.shard_index import TEMPORARY_PREFIX
 
 ALONE = read_rank_info({})
 
@@ -388,6 +389,24 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert run(folder_config(tmp_path / "out", folder)).finished
     assert "has no locks" in caplog.text
+
+
+def test_without_locks_nobody_is_taken_for_dead(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no locks a starting task leaves the unfinished files alone: another may be writing them now."""
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    output = PreprocessOutput(folder_config(tmp_path / "out", folder))
+    with output.claimed("Slurm job 7"):
+        under_way = tmp_path / "out" / f"{TEMPORARY_PREFIX}0123456789abcdef"
+        under_way.write_bytes(b"half a shard")
+        with output.claimed("Slurm job 7"):
+            assert under_way.exists()
+    with output.claimed("Slurm job 8"):  # a name that an earlier run left behind refuses nobody
+        pass
 
 
 def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
