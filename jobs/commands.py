@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from cluster.errors import InputError, JobError, NotFoundError, StateError
+from cluster.errors import InputError, JobError, NotFoundError, OutsideError, StateError
 from cluster.output import as_plain, console, error_console, print_json, print_table
 
 if TYPE_CHECKING:
@@ -298,7 +298,11 @@ def logs(
         return
 
     def is_over() -> bool:
-        remembered = slurm.jobs(job_ids=[found.id])
+        try:
+            remembered = slurm.jobs(job_ids=[found.id])
+        except OutsideError as error:  # a controller that is busy, or starts anew, says nothing about the job
+            logger.info("cannot ask Slurm about job %s: %s", found.id, error)
+            return False
         return all(each.is_ended for each in remembered)
 
     for chunk in follow(path, offset=offset, is_over=is_over, sleep=time.sleep):

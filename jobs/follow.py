@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,10 @@ _CHUNK_BYTES = 1 << 16
 
 
 def read_tail(path: Path, lines: int | None) -> tuple[str, int]:
-    """Return the last `lines` of a file (all of it for None) and the offset of its end."""
+    """Return the last `lines` of a file (all of it for None), and the offset from which to go on.
+
+    That is its end, or where a last character begins of which only some bytes are there yet.
+    """
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         start = 0
@@ -25,7 +29,9 @@ def read_tail(path: Path, lines: int | None) -> tuple[str, int]:
         data = file.read(end - start)
     if lines is not None:
         data = b"".join(data.splitlines(keepends=True)[-lines:]) if lines else b""
-    return data.decode(errors="replace"), end
+    decoder = _decoder()
+    text = decoder.decode(data)
+    return text, end - len(decoder.getstate()[0])
 
 
 def follow(
@@ -51,17 +57,30 @@ def follow(
         ask_every: Looks between questions to Slurm.
     """
     looks = 0
+    decoder = _decoder()  # one for the whole file: a character may come in two parts
     while True:
         over = looks % ask_every == 0 and is_over()  # asked before the last read: what comes in between is still read
         looks += 1
         while True:
-            chunk, offset = _read_on(path, offset)
+            chunk, end = _read_on(path, offset)
+            if end < offset + len(chunk):  # the file was emptied, and begins anew
+                decoder.reset()
+            offset = end
             if not chunk:
                 break
-            yield chunk.decode(errors="replace")
+            text = decoder.decode(chunk)
+            if text:
+                yield text
         if over:
+            rest = decoder.decode(b"", final=True)
+            if rest:
+                yield rest
             return
         sleep(poll_s)
+
+
+def _decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")
 
 
 def _read_on(path: Path, offset: int) -> tuple[bytes, int]:

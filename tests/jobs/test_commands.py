@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.cli import main
-from cluster.errors import NotFoundError, SlurmError
+from cluster.errors import CommandTimeout, NotFoundError, SlurmError
 from cluster.settings import load_spec
 from cluster.slurm_records import AccountingRecord, Job, Partition
 from jobs import commands
@@ -335,6 +335,31 @@ def test_logs_of_a_run_are_found_by_rank(run: Run, slurm: TalkativeSlurm, tmp_pa
     assert "ranks 0 to 1 have" in said
 
 
+def test_following_outlasts_a_hiccup_of_slurm(
+    run: Run, slurm: TalkativeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question that Slurm does not answer is not the end of the job: `logs -f` goes on, and shows what comes after it."""
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    slurm.kept = [known_job("5", state="RUNNING", stdout=str(log))]
+    real, questions = slurm.jobs, 0
+
+    def jobs(**wanted: Any) -> list[Job]:
+        nonlocal questions
+        questions += 1
+        if questions == 2:  # the first finds the job
+            log.write_text("before\nafter\n")
+            raise CommandTimeout("squeue: no answer", argv=["squeue"], timeout_s=10)
+        if questions > 2:
+            slurm.kept = [known_job("5", state="COMPLETED", stdout=str(log))]
+        return real(**wanted)
+
+    monkeypatch.setattr(slurm, "jobs", jobs)
+    monkeypatch.setattr(commands.time, "sleep", lambda _seconds: None)
+    code, out, _ = run("jobs", "logs", "-f", "5")
+    assert (code, out) == (0, "before\nafter\n")
+
+
 def test_a_job_that_has_written_nothing_says_so(run: Run, slurm: TalkativeSlurm, tmp_path: Path) -> None:
     """Before it runs there is no log; the message leads to `why`."""
     slurm.kept = [known_job("5", stdout=str(tmp_path / "none.out"))]
@@ -419,6 +444,26 @@ def test_following_goes_on_over_requeues_and_truncation(tmp_path: Path) -> None:
         "".join(follow(path, offset=0, is_over=lambda: over, sleep=sleep, ask_every=1))
         == "attempt 1\nsaved\nattempt 2\ndone\n"
     )
+
+
+def test_characters_that_come_in_two_parts_are_whole(tmp_path: Path) -> None:
+    """A log read between two bytes of a character shows the character, also where the first byte ended the tail."""
+    path = tmp_path / "log"
+    euro = "€".encode()
+    path.write_bytes(b"5 " + euro[:1])
+    parts = iter([euro[1:2], euro[2:] + b"\n", euro[:2]])
+    over = False
+
+    def sleep(_seconds: float) -> None:
+        nonlocal over
+        part = next(parts, None)
+        over = part is None
+        with path.open("ab") as file:
+            file.write(part or b"")
+
+    tail, offset = read_tail(path, None)
+    shown = tail + "".join(follow(path, offset=offset, is_over=lambda: over, sleep=sleep, ask_every=1))
+    assert shown == "5 €\n\N{REPLACEMENT CHARACTER}"
 
 
 def test_the_last_words_are_not_missed(tmp_path: Path) -> None:
