@@ -34,6 +34,8 @@ class EndReason(str, Enum):
 
 Explanation = tuple[EndReason, str]
 
+_LOST_NODES_FORGIVEN = 3
+
 _AFTER_EFFECTS = (
     "connection closed by peer",
     "connection reset",
@@ -189,6 +191,16 @@ def failures_without_progress(attempts: Sequence[AttemptRecord], start_step: int
         if attempt.reason is not None and attempt.reason.is_failure:
             failures.append(attempt)
     return failures[::-1]
+
+
+def has_retries_left(failures: Sequence[AttemptRecord], retries: int) -> bool:
+    """Say whether a run may go on after these failures (see `failures_without_progress`).
+
+    `retries` bounds what the program itself has done wrong. A lost node is no fault of the program: a few are forgiven even
+    where no crash is. Not any number, as it may be the program that brings the nodes down.
+    """
+    crashes = [attempt for attempt in failures if attempt.reason is EndReason.CRASHED]
+    return len(crashes) <= retries and len(failures) <= max(retries, _LOST_NODES_FORGIVEN)
 
 
 def first_failure(notes: Sequence[CrashNote]) -> CrashNote | None:

@@ -36,6 +36,7 @@ from jobs.attempts import (
     failures_without_progress,
     first_failure,
     fold_events,
+    has_retries_left,
     parse_moment,
     parse_reason,
     read_events,
@@ -132,7 +133,8 @@ class RunDirectory:
         Args:
             info: Who this process is.
             start_step: Step of the checkpoint that the attempt goes on from; 0 at the very beginning.
-            retries: How often a failed attempt may be followed by another without a new checkpoint in between.
+            retries: How often a failed attempt may be followed by another without a new checkpoint in between; see
+                `jobs.attempts.has_retries_left`.
             is_job_alive: Tells whether a Slurm job still lives (`Requeuer.is_job_alive`); None where it cannot say.
             explain: Tells from Slurm's memory why an earlier attempt ended (`Requeuer.explain`).
 
@@ -150,13 +152,13 @@ class RunDirectory:
             self._complete_earlier(start_step, explain)
             attempts = self.attempts()
             failures = failures_without_progress(self._since_cleared(), start_step)
-            if len(failures) > retries:
+            if not has_retries_left(failures, retries):
                 self._give_up(failures)
                 self._refuse_if_given_up()
             number = attempts[-1].number + 1 if attempts else 1
-            if (
-                info.job_id is None
-            ):  # outside Slurm all attempts share a label: what an earlier one left is not this one's
+            # Outside Slurm all attempts share a label, and a cluster that is built anew begins again with job 1: what an
+            # earlier attempt of this name left is not this one's.
+            if info.job_id is None or any(attempt.label == info.attempt_label for attempt in attempts):
                 shutil.rmtree(self._crash_folder(info.attempt_label), ignore_errors=True)
             self._append_begin(number, info, start_step)
             self._current = self.attempts()[-1]
@@ -242,8 +244,7 @@ class RunDirectory:
         last = attempts[-1] if attempts else None
         if last is not None and last.label == info.attempt_label:
             return
-        committed = [attempt.committed_step or attempt.first_step for attempt in attempts]
-        first_step = max(committed, default=0)
+        first_step = max(map(_newest_step, attempts), default=0)
         number = last.number + 1 if last is not None else 1
         self._append_begin(number, info, first_step)
         self._append(
@@ -279,7 +280,7 @@ class RunDirectory:
 
         Args:
             reason: Why.
-            step: Step it has reached.
+            step: Step it has reached; the last one given to `note_step` if None.
             message: In words, for people.
             committed_step: Step of the newest checkpoint, where it is not the last one given to `note_commit`.
             failing_rank: Rank that failed first.
@@ -289,6 +290,13 @@ class RunDirectory:
         if current is None:
             return
         committed = current.committed_step if committed_step is None else committed_step
+        step = self._lock.step if step is None else step
+        if reason is EndReason.FINISHED:
+            seconds_lost: float | None = 0.0
+        elif step is None and committed is None:  # a program without steps: what it keeps of its work is its own affair
+            seconds_lost = None
+        else:
+            seconds_lost = self._seconds_lost(current, committed, step, self._clock())
         self._append(
             "end",
             attempt=current.number,
@@ -296,7 +304,7 @@ class RunDirectory:
             message=message[:_MESSAGE_CHARS],
             step=step,
             committed_step=committed,
-            seconds_lost=self._seconds_lost(current, committed, step, self._clock()),
+            seconds_lost=seconds_lost,
             failing_rank=failing_rank,
             failing_node=failing_node,
         )
@@ -310,14 +318,17 @@ class RunDirectory:
         _write_atomically(self.path / "finished", json.dumps({"step": step, "time": self._now_text()}) + "\n")
         self.end_attempt(EndReason.FINISHED, step, committed_step=self._current.committed_step)
 
-    def may_retry(self, info: RankInfo, *, retries: int = 3) -> bool:
-        """Say whether one more failure, of the attempt `info` belongs to, still leaves a retry. Any rank may ask."""
+    def may_retry(self, info: RankInfo, *, retries: int = 3, reason: EndReason = EndReason.CRASHED) -> bool:
+        """Say whether one more failure, for `reason`, of `info`'s attempt still leaves a retry. Any rank may ask."""
         attempts = self._since_cleared()
-        if not attempts or attempts[-1].label != info.attempt_label:
-            # It failed before it had begun: count what is there, and this.
-            return len(failures_without_progress(attempts, None)) + 1 <= retries
-        failed = replace(attempts[-1], reason=EndReason.CRASHED)
-        return len(failures_without_progress([*attempts[:-1], failed], None)) <= retries
+        own = [number for number, attempt in enumerate(attempts) if attempt.label == info.attempt_label]
+        if own:  # others may stand after it: jobs that were refused because this one works here
+            attempts[own[-1]] = replace(attempts[own[-1]], reason=reason)
+        else:  # it failed before it had begun: count what is there, and this
+            attempts.append(
+                AttemptRecord(number=0, first_step=max(map(_newest_step, attempts), default=0), reason=reason)
+            )
+        return has_retries_left(failures_without_progress(attempts, None), retries)
 
     def give_up(self, message: str) -> None:
         """Stop the run for good, until `clear_failures`; the reasons are those of its last attempts and `message`."""
@@ -353,9 +364,14 @@ class RunDirectory:
     def _complete_earlier(self, start_step: int, explain: Callable[[AttemptRecord], Explanation | None] | None) -> None:
         """Write the end of an attempt that could not do so itself."""
         attempts = self.attempts()
-        if not attempts or attempts[-1].reason is not None:
+        unended = [number for number, attempt in enumerate(attempts) if attempt.reason is None]
+        if not unended:
             return
-        earlier = attempts[-1]
+        earlier = attempts[unended[-1]]
+        if (
+            earlier is not attempts[-1]
+        ):  # later ones were refused while it worked, or have ended: only what it left counts
+            start_step = min(start_step, attempts[unended[-1] + 1].first_step)
         notes = self.crash_notes(earlier.label)
         step, alive_s = self._last_sign(earlier)
         ending = self._ending(earlier.label)
@@ -458,6 +474,10 @@ class RunDirectory:
 
     def _now_text(self) -> str:
         return _iso(self._clock())
+
+
+def _newest_step(attempt: AttemptRecord) -> int:
+    return attempt.committed_step or attempt.first_step
 
 
 def _write_atomically(path: Path, text: str) -> None:

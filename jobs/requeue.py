@@ -349,7 +349,7 @@ class Requeuer:
             cause = replace(cause, message=f"{cause.message}; {first.message}")
         if not cause.comes_back:
             code = CANCELLED_EXIT_CODE
-        elif cause.reason.is_failure and not self._run.may_retry(info, retries=self._retries):
+        elif cause.reason.is_failure and not self._run.may_retry(info, retries=self._retries, reason=cause.reason):
             self._run.give_up(f"the last one: rank {first.rank} on {first.node}: {cause.message}")
             code = own_code
         else:

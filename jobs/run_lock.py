@@ -82,6 +82,11 @@ class RunLock:
         return self._earlier_sign
 
     @property
+    def step(self) -> int | None:
+        """The last step given to `note_step` since the lock was taken."""
+        return self._step
+
+    @property
     def is_held(self) -> bool:
         """Whether this process has taken the lock and not given it back; it may have been taken over (see `note_step`)."""
         return self._owner is not None

@@ -459,3 +459,72 @@ def test_a_finished_run_gives_an_earlier_lock_back(run: RunDirectory, clock: Clo
     with pytest.raises(StateError, match="finished"):
         later.begin_attempt(rank_info(job_id="8"), 3)
     assert not (run.path / "lock.json").exists()
+
+
+def test_a_job_number_that_comes_again_follows_no_old_ending(run: RunDirectory, clock: Clock) -> None:
+    """A cluster built anew numbers its jobs from 1: what job 7 of the old one left says nothing about job 7 of this one."""
+    run.begin_attempt(rank_info(), 0)
+    run.claim_ending(rank_info())
+    run.write_ending(rank_info(), Ending(1, EndReason.CRASHED, "long ago"))
+    run.note_crash(rank_info(1), ValueError("long ago"))
+    run.end_attempt(EndReason.CRASHED, 3)
+    later = again(run, clock)
+    later.begin_attempt(rank_info(), 0)
+    assert not later.is_ending_claimed(rank_info())
+    assert later.crash_notes(rank_info().attempt_label) == []
+
+
+def test_what_a_rank_said_before_the_attempt_began_is_kept(run: RunDirectory) -> None:
+    """A rank that fails while rank 0 still starts is not forgotten: the label is new."""
+    run.note_crash(rank_info(1), ValueError("early"))
+    run.begin_attempt(rank_info(), 0)
+    assert len(run.crash_notes(rank_info().attempt_label)) == 1
+
+
+@pytest.mark.parametrize("reason", [EndReason.NODE_FAILURE, EndReason.UNKNOWN])
+def test_lost_nodes_are_forgiven_where_crashes_are_not(run: RunDirectory, clock: Clock, reason: EndReason) -> None:
+    """With retries=0 a crash is final, but three lost nodes in a row are not; the fourth is."""
+    for number in range(4):
+        info = rank_info(restart_count=number)
+        process = again(run, clock)
+        assert process.begin_attempt(info, 0, retries=0) is not None
+        assert not process.may_retry(info, retries=0)
+        assert process.may_retry(info, retries=0, reason=reason) is (number < 3)
+        process.end_attempt(reason, None)
+    with pytest.raises(StateError, match="given up"):
+        again(run, clock).begin_attempt(rank_info(restart_count=4), 0, retries=0)
+
+
+def test_a_crash_is_noted_with_the_step_it_came_at(run: RunDirectory) -> None:
+    """Whoever ends the attempt need not know the step: the last one noted is it."""
+    run.begin_attempt(rank_info(), 10)
+    run.note_step(17)
+    run.end_attempt(EndReason.CRASHED, None)
+    assert (run.attempts()[0].last_step, run.attempts()[0].steps_done) == (17, 7)
+
+
+def test_a_finished_command_has_lost_nothing(run: RunDirectory, clock: Clock) -> None:
+    """An hour of work that is done is no hour lost; and what a program without steps has lost, nobody knows."""
+    run.begin_attempt(rank_info(), 0)
+    clock.now_s += 3600
+    run.end_attempt(EndReason.PREEMPTED, None)
+    run.begin_attempt(rank_info(restart_count=1), 0)
+    clock.now_s += 3600
+    run.end_attempt(EndReason.FINISHED, None)
+    assert [attempt.seconds_lost for attempt in run.attempts()] == [None, 0.0]
+
+
+def test_a_refused_job_hides_no_attempt(run: RunDirectory, clock: Clock) -> None:
+    """Job 5 works; job 6, noted behind it, does not keep job 5's retries from counting, nor its end from being found."""
+    run.begin_attempt(rank_info(job_id="5"), 0)
+    run.note_step(30)
+    run.note_commit(20)
+    again(run, clock).end_unbegun(rank_info(job_id="6"), Ending(9, EndReason.CRASHED, "refused"))
+    assert run.may_retry(rank_info(job_id="5"), retries=1)
+    run._lock._beat()
+    die(run)
+    later = again(run, clock)
+    later.begin_attempt(rank_info(job_id="5", restart_count=1), 25)
+    five, six, _ = later.attempts()
+    assert (five.reason, five.last_step, five.committed_step) == (EndReason.UNKNOWN, 30, 20)
+    assert six.message == "refused"
