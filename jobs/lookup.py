@@ -49,11 +49,22 @@ class Found:
         for text in (self.job.stdout if self.job is not None else None, script):
             if text and Path(text).parent.name == SLURM_FOLDER and (Path(text).parent.parent / JOB_FILE).exists():
                 return self._element(Path(text).parent.parent)
+        if self.job is not None and (self.job.stdout or script):
+            return None  # its files are elsewhere; a run's job of this number is an earlier cluster's
         number = self.id.partition("_")[0]
         for base in self._places():
             for path in base.glob(f"runs/*/{SLURM_FOLDER}/{number}_submission.sh"):
-                return self._element(path.parent.parent)
+                if self._may_be_of(path):
+                    return self._element(path.parent.parent)
         return None
+
+    def _may_be_of(self, script: Path) -> bool:
+        """Say whether a script of this number is this job's: a cluster that is built anew counts from 1 again."""
+        names = {record.name for record in self.records if record.name}
+        if not names:
+            return True
+        lines = script.read_text(encoding="utf-8", errors="replace").splitlines()
+        return any(f"#SBATCH --job-name={name}" in lines for name in names)
 
     def _places(self) -> list[Path]:
         directories = [record.work_dir for record in self.records if record.work_dir]

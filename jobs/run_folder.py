@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster.errors import JobError, StateError
 from cluster.slurm import SlurmClient
+from cluster.slurm_records import Job
 from cluster.yamlfile import dump_yaml
 from jobs.jobspec import JobSpec, read_job
 from jobs.journal import RunDirectory
@@ -92,7 +93,7 @@ class RunFolder:
 
     def _refuse_if_in_use(self, slurm: SlurmClient, spec: JobSpec) -> None:
         ids = self.job_ids()
-        live = [job for job in slurm.jobs(job_ids=ids) if not job.is_ended] if ids else []
+        live = [job for job in slurm.jobs(job_ids=ids) if not job.is_ended and self._may_be_of(job)] if ids else []
         if live:
             job = live[0]
             raise StateError(
@@ -106,6 +107,14 @@ class RunFolder:
                 f"{self.path}: this run is finished; choose another name or run_directory, or remove it to do it again"
             )
         self._settle_failures(elements, spec)
+
+    def _may_be_of(self, job: Job) -> bool:
+        """Say whether a job was submitted for this run, for all that Slurm says of its files.
+
+        Its number proves nothing: a cluster that is built anew counts from 1 again.
+        """
+        known = [Path(text) for text in (job.stdout, job.command) if text]
+        return not known or any(is_same_directory(path.parent, self.slurm) for path in known)
 
     def _settle_failures(self, elements: Iterable[Path], spec: JobSpec) -> None:
         """Refuse a training that has given up until it is cleared; to submit anything else again clears it."""
@@ -139,6 +148,11 @@ def read_run(directory: Path) -> JobSpec:
         InputError: There is none, or it is no longer valid.
     """
     return read_job(directory / JOB_FILE)
+
+
+def is_same_directory(one: Path, other: Path) -> bool:
+    """Say whether two paths lead to one place (/fsx may be a link to /lustre/...); what is not there has its path only."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _make(path: Path) -> Path | None:

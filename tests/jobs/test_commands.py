@@ -291,6 +291,23 @@ def test_a_name_means_its_newest_job(slurm: TalkativeSlurm) -> None:
     assert find_job(slurm, "train", user="me").id == "7"  # type: ignore[arg-type]
 
 
+def test_a_run_of_an_earlier_cluster_is_not_this_jobs(
+    slurm: TalkativeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Job numbers begin at 1 again when a cluster is rebuilt: a script's number alone does not make it this job's."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "old" / "slurm"
+    folder.mkdir(parents=True)
+    (folder.parent / "job.yaml").write_text("name: old\n")
+    (folder / "5_submission.sh").write_text("#!/bin/bash\n#SBATCH --job-name=old\n")
+    slurm.records = [AccountingRecord(id="5", raw_id="5", name="new", user="me", state="COMPLETED")]
+    assert find_job(slurm, "5", user="me").run_directory is None  # type: ignore[arg-type]
+    slurm.records = [AccountingRecord(id="5", raw_id="5", name="old", user="me", state="COMPLETED")]
+    assert find_job(slurm, "5", user="me").run_directory == folder.parent  # type: ignore[arg-type]
+    slurm.kept = [known_job("5", name="old", stdout="/home/me/slurm-5.out")]
+    assert find_job(slurm, "5", user="me").run_directory is None  # type: ignore[arg-type]
+
+
 def test_elements_of_arrays_are_found(slurm: TalkativeSlurm) -> None:
     """`12_3` is that element and no other."""
     slurm.kept = [known_job(str(20 + i), array_job_id="12", array_task=str(i)) for i in range(4)]

@@ -374,6 +374,23 @@ def test_runs_are_kept_on_the_shared_file_system_where_there_is_one(
     assert default_runs(None) == tmp_path / "runs"
 
 
+def test_the_number_of_a_job_of_an_earlier_cluster_is_nobodys(
+    launcher: Launcher, slurm: RememberingSlurm, tmp_path: Path
+) -> None:
+    """A live job of the same number that writes elsewhere uses another run; one that writes here, through a link, this one."""
+    launcher.submit(command())
+    folder = tmp_path / "runs" / "job" / "slurm"
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    slurm.kept["1"] = Job(id="1", state="RUNNING", stdout=str(tmp_path / "link" / "job" / "slurm" / "1_0_log.out"))
+    with pytest.raises(StateError, match="job 1 uses this run"):
+        launcher.submit(command())
+    slurm.kept["1"] = Job(id="1", state="RUNNING", stdout="/home/bob/slurm-1.out", command=str(folder / "1.sh"))
+    with pytest.raises(StateError, match="job 1 uses this run"):
+        launcher.submit(command())
+    slurm.kept["1"] = Job(id="1", state="RUNNING", stdout="/home/bob/slurm-1.out", command="/home/bob/train.sh")
+    assert launcher.submit(command()).job_id == "2"
+
+
 # --- what runs in the job ----------------------------------------------------------------------------------------------------
 
 
