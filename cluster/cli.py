@@ -6,8 +6,10 @@ import `jobs` or `monitoring`, which stand above it.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import signal
@@ -15,12 +17,15 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from cluster.errors import MissingError, MusterError
+from cluster.errors import MissingError, MusterError, OutsideError
 from cluster.output import error_console, set_up_logging
+
+_NOT_OUR_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def build_app(chosen: str | None) -> typer.Typer:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with the exit code that `cluster.errors` documents."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    set_up_logging(0)
+    set_up_logging(_verbosity(arguments))
+    _stand_first_on_the_path()
     signal.signal(signal.SIGTERM, _end_as_if_interrupted)
     try:
         build_app(_chosen_verb(arguments, os.environ))(arguments, prog_name="muster")
@@ -91,30 +97,58 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger(__name__).info("the error's origin", exc_info=error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        error_console().print("interrupted")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output left (muster jobs list | head): not an error, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in _NOT_OUR_FAULT:
+            _report_unexpected(error)
+            sys.exit(1)
+        what = f"{error.filename}: " if error.filename else ""
+        error_console().print(
+            f"[bold red]error:[/] {_escape(what)}{error.strerror}; make room or choose another place", soft_wrap=True
+        )
+        sys.exit(OutsideError.exit_code)
     except Exception as error:  # the last resort of the whole program: say it plainly, keep the traceback for -v
         _report_unexpected(error)
         sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"muster {importlib.metadata.version('muster-hpc')}")
+        raise typer.Exit
 
 
 def _root(
     verbose: int = typer.Option(
         0, "-v", "--verbose", count=True, help="Say more; twice for every command that is run."
     ),
-    version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and leave."),
+    version: bool = typer.Option(  # noqa: ARG001 - its callback has done all there is to do
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version and leave."
+    ),
 ) -> None:
     """Run a Slurm GPU training cluster: describe it, check it, submit to it, watch it.
 
     [bold]muster local up[/] gives you one on this machine.
     """
-    if version:
-        typer.echo(f"muster {importlib.metadata.version('muster-hpc')}")
-        raise typer.Exit
     set_up_logging(verbose)
+
+
+def _verbosity(arguments: Sequence[str]) -> int:
+    """Count the -v before the verb: they must hold while the verb's module is imported, which comes before parsing."""
+    leading = itertools.takewhile(lambda word: word.startswith("-"), arguments)
+    return sum(1 if word == "--verbose" else word.count("v") * (not word.startswith("--")) for word in leading)
+
+
+def _stand_first_on_the_path() -> None:
+    """Put Muster's own packages before a `jobs` folder of the user's that PYTHONPATH brings in."""
+    root = str(Path(__file__).resolve().parent.parent)
+    if sys.path[:1] != [root]:
+        sys.path.insert(0, root)
 
 
 def _end_as_if_interrupted(_number: int, _frame: object) -> None:

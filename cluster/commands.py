@@ -61,7 +61,7 @@ def check(
     else:
         for finding in findings:
             _print(finding)
-        counts = [f"{sum(f.level is level for f in findings)} {level.value}s" for level in Level]
+        counts = [_counted(sum(finding.level is level for finding in findings), level.value) for level in Level]
         nodes = (
             ""
             if spec is None
@@ -70,6 +70,10 @@ def check(
         console().print(f"{nodes}{', '.join(counts)}", highlight=False)
     if worst_level(findings) is Level.ERROR:
         raise FindingsError
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _print(finding: Finding) -> None:
@@ -104,6 +108,7 @@ def _write_new(path: Path, text: str) -> None:
         raise StateError(
             f"{path}: exists already and is not overwritten; choose another name with -o, or remove it first"
         )
+    beside = None
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -112,4 +117,6 @@ def _write_new(path: Path, text: str) -> None:
         Path(beside.name).chmod(0o644)
         Path(beside.name).rename(path)
     except OSError as error:
+        if beside is not None:
+            Path(beside.name).unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror}; choose another place with -o") from error

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console
@@ -25,8 +26,20 @@ def error_console() -> Console:
 
 
 def print_json(value: object) -> None:
-    """Print `value` as indented JSON on standard output, times and paths as strings."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    """Print `value` as indented JSON on standard output: times in ISO 8601, lengths of time in seconds, paths as text."""
+    sys.stdout.write(json.dumps(value, indent=2, default=_jsonable) + "\n")
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, timedelta):
+        return None if value == timedelta.max else value.total_seconds()
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)
 
 
 def print_table(
@@ -51,8 +64,14 @@ def set_up_logging(verbose: int) -> None:
     from rich.logging import RichHandler
 
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    handler = RichHandler(console=error_console(), show_path=False, show_time=verbose > 0, rich_tracebacks=False)
-    logging.basicConfig(level=level, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=error_console(), show_path=False, show_time=verbose > 0, rich_tracebacks=False)
+        handler.setFormatter(logging.Formatter("%(message)s", "%H:%M:%S"))
+    else:  # a log: one line a record, neither folded nor padded
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     if level == logging.DEBUG:
         for chatty in ("asyncio", "matplotlib", "PIL", "urllib3", "botocore"):
             logging.getLogger(chatty).setLevel(logging.INFO)

@@ -210,7 +210,8 @@ def _finding(model: type[BaseModel], document: YamlDocument, detail: Any) -> Fin
     kind: str = detail["type"]
     rule = str(detail["msg"]).removeprefix("Value error, ")
     remedy = "correct the value"
-    value = _shown(detail.get("input"))
+    given = detail.get("input")
+    value = "" if isinstance(given, Mapping | BaseModel) else _shown(given)  # a whole section tells nobody anything
     if kind == "extra_forbidden":
         names = _fields_at(model, path[:-1])
         close = difflib.get_close_matches(str(path[-1]), names, n=3, cutoff=0.6)

@@ -45,6 +45,46 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert result.stdout.splitlines()[-1] == "LOADED [] 0", result.stdout + result.stderr
 
 
+def test_version_is_printed() -> None:
+    """`muster --version` needs no verb."""
+    result = muster("--version")
+    assert (result.returncode, result.stdout.split()[0]) == (0, "muster")
+
+
+def test_a_users_own_jobs_package_on_pythonpath_does_not_shadow_ours(tmp_path: Path) -> None:
+    """With PYTHONPATH leading to a folder that has a `jobs` package, `muster jobs` is still Muster's."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "__init__.py").write_text("raise SystemExit('the wrong jobs')")
+    ours = str(Path(__file__).parents[2])
+    result = muster("jobs", "--help", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ours}"})
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_full_disk_is_not_called_a_fault_in_muster() -> None:
+    """Output that does not fit anywhere ends with the system's own words and the exit code for what is outside."""
+    with Path("/dev/full").open("w") as full:
+        code = "from cluster.cli import main; main(['cluster', 'check', '--json', '/dev/null'])"
+        result = subprocess.run(
+            [sys.executable, "-u", "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert result.returncode == 5
+    assert "No space left on device" in result.stderr
+    assert "fault in Muster" not in result.stderr
+
+
+def test_v_holds_from_the_first_import(tmp_path: Path) -> None:
+    """A fault while a verb is imported has its traceback with -v."""
+    code = (
+        "import sys; from cluster import cli\n"
+        "cli.VERBS['jobs'] = cli.Verb('cluster.no_such_module', 'x', 'x')\n"
+        "cli.main(sys.argv[1:])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-v", "jobs", "list"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "Traceback" in result.stderr
+
+
 def test_help_lists_every_verb() -> None:
     """Every registered verb stands in `muster --help`."""
     text = muster("--help").stdout
