@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,3 +231,64 @@ def test_slurmd_killed_mid_step(field: Range, straight: dict[int, str]) -> None:
             lambda: "DOWN" not in field.slurm.node(lost).states or field.slurm.resume([lost]), f"{lost} to be back"
         )
         field.wait(lambda: field.slurm.node(lost).is_usable, f"{lost} to be usable")
+
+
+@pytest.mark.parametrize(("mode", "grace"), [("cancel", "0"), ("cancel", "20s"), ("requeue", "0")])
+def test_other_shapes_of_preemption(
+    make_cluster: Callable[..., LocalCluster],
+    shards: Path,
+    tmp_path: Path,
+    straight: dict[int, str],
+    mode: str,
+    grace: str,
+) -> None:
+    """Cancelled instead of requeued, with time to save and without, the trainer still comes back and ends the same to the bit."""
+    low = {"name": "low", "pools": ["gpu"], "tier": 10, "preemption": mode, "grace": grace, "default": True}
+    cluster = make_cluster(nodes=2, queues=[{"name": "high", "pools": ["gpu"], "tier": 100}, low])
+    field = Range(cluster, shards, tmp_path)
+    job_id, run = field.train("shaped")
+    field.wait(lambda: field.is_training(run, 0), "a step")
+    urgent = field.urgent(nodes=2)
+    field.wait_until_completed(urgent)
+    field.wait_until_completed(job_id)
+    assert [attempt.reason for attempt in RunDirectory(run).attempts()] == [EndReason.PREEMPTED, EndReason.FINISHED]
+    nothing_lost(run, straight)
+
+
+def test_a_disk_that_is_full_for_a_while(
+    make_cluster: Callable[..., LocalCluster], shards: Path, tmp_path: Path, straight: dict[int, str]
+) -> None:
+    """Saves fail on a full file system, training goes on, and once there is room again nothing is missing."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", str(disk)], check=True, timeout=30)
+    try:
+        field = Range(make_cluster(nodes=2), shards, disk)  # its nodes see the mount: they start after it
+        job_id, run = field.train("crowded", config={"checkpoint": {"every_steps": 10, "keep": 3}})
+        field.wait(lambda: len(losses_of(run)) >= 25, "twenty-five steps")
+        fill(disk / "ballast")
+        filled_at = newest_checkpoint(run)
+        time.sleep(4)
+        assert newest_checkpoint(run) <= filled_at + 10  # one may have been under way
+        assert field.slurm.job(job_id).is_running, "training stopped although only periodic saves failed"
+        (disk / "ballast").unlink()
+        field.wait_until_completed(job_id)
+        assert [attempt.reason for attempt in RunDirectory(run).attempts()] == [EndReason.FINISHED]
+        nothing_lost(run, straight)
+        field.cluster.down()
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True, timeout=30)
+
+
+def fill(path: Path) -> None:
+    """Write until the file system is full."""
+    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+
+
+def newest_checkpoint(run: Path) -> int:
+    """Step of the newest committed checkpoint; 0 if there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)
