@@ -284,9 +284,14 @@ def test_a_disk_that_is_full_for_a_while(
 
 def fill(path: Path) -> None:
     """Write until the file system is full."""
-    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(bytes(4096))
+
+    def write_for_ever() -> None:
+        with path.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    with pytest.raises(OSError, match="No space left"):
+        write_for_ever()
 
 
 def newest_checkpoint(run: Path) -> int:
