@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cluster.settings import ClusterSpec
     from cluster.slurm import SlurmClient
     from jobs.jobspec import JobSpec
+    from jobs.lookup import Found
 
 logger = logging.getLogger(__name__)
 
@@ -257,6 +258,7 @@ def show(job: JobArgument, as_json: AsJson = False) -> None:
     from jobs.lookup import find_job
 
     found = find_job(_slurm(), job, user=getpass.getuser())
+    _say_which_element(found)
     if as_json:
         run = found.run_directory
         print_json({"job": as_plain(found.job), "attempts": as_plain(list(found.records)), "run_directory": run})
@@ -283,6 +285,7 @@ def logs(
 
     slurm = _slurm()
     found = find_job(slurm, job, user=getpass.getuser())
+    _say_which_element(found)
     path = found.log_file(rank)
     offset = 0
     if path.exists():
@@ -303,7 +306,7 @@ def logs(
         except OutsideError as error:  # a controller that is busy, or starts anew, says nothing about the job
             logger.info("cannot ask Slurm about job %s: %s", found.id, error)
             return False
-        return all(each.is_ended for each in remembered)
+        return found.is_ended(remembered)
 
     for chunk in follow(path, offset=offset, is_over=is_over, sleep=time.sleep):
         sys.stdout.write(chunk)
@@ -326,18 +329,25 @@ def cancel(
         states = ", ".join(f"job {each.id} is {_last_state(each).lower()}" for each in over)
         raise StateError(f"{states}: nothing to cancel there; leave it out")
     ids = list(dict.fromkeys(each.id for each in found))
-    arrays = [i for i in ids if "_" not in i and len(slurm.jobs(job_ids=[i])) > 1]
+    arrays = {each.id: len(each.elements) for each in found if len(each.elements) > 1}
     if (len(ids) > 1 or arrays) and not yes:
         for each in found:
             name = each.job.name if each.job is not None else ""
-            whole = f", an array of {len(slurm.jobs(job_ids=[each.id]))}" if each.id in arrays else ""
+            whole = f", an array of {arrays[each.id]}" if each.id in arrays else ""
             error_console().print(f"  {each.id} {name}{whole}", highlight=False, markup=False)
         if not sys.stdin.isatty():
-            raise JobError(f"{len(ids)} jobs would be cancelled and nobody can be asked; add --yes")
+            what = f"{len(ids)} jobs" if len(ids) > 1 else "a whole array"
+            raise JobError(f"{what} would be cancelled and nobody can be asked; add --yes")
         if not typer.confirm(f"Cancel {'these' if len(ids) > 1 else 'this array'}?", err=True):
             raise typer.Exit(1)
     slurm.cancel(ids)
     console().print(f"cancelled {', '.join(ids)}", highlight=False)
+
+
+def _say_which_element(found: Found) -> None:
+    """Tell who asked for a whole array which of its elements is shown; on standard error, where no script reads it."""
+    if found.note is not None:
+        error_console().print(found.note, highlight=False, markup=False, soft_wrap=True)
 
 
 def _last_state(found: Any) -> str:
@@ -368,6 +378,7 @@ def why(job: JobArgument, as_json: AsJson = False) -> None:
 
     slurm = _slurm()
     found = find_job(slurm, job, user=getpass.getuser())
+    _say_which_element(found)
     explanation = explain(found.id, gather(slurm, found, now=_now()))
     if as_json:
         print_json(as_plain(explanation))

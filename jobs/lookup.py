@@ -21,6 +21,7 @@ from jobs.why import Attempt, Scene, moment
 logger = logging.getLogger(__name__)
 
 JOB_ID = re.compile(r"(\d+)(?:_(\d+))?")
+_INDICES = re.compile(r"(?P<first>\d+)(?:-(?P<last>\d+))?(?::(?P<step>\d+))?")
 _RECENT = timedelta(days=2)
 _SHOWN_IN_HINT = 5
 ResultT = TypeVar("ResultT")
@@ -34,13 +35,28 @@ class Found:
     """As the user wrote it, or the display id where a name was given."""
     job: Job | None
     records: tuple[AccountingRecord, ...]
-    """Whole attempts, oldest first; empty without accounting."""
+    """Whole attempts, oldest first; empty without accounting. Those of one element where an array was asked for."""
+    elements: tuple[int, ...] = ()
+    """For an array asked for as a whole, the indices that are known, the one that stands for it first."""
 
     @property
     def element_id(self) -> str:
         """The id of one job: for an array asked for as a whole, that of its first element which has not ended."""
-        is_array = self.job is not None and self.job.array_job_id == self.id
-        return self.job.display_id if is_array and self.job is not None else self.id
+        return f"{self.id}_{self.elements[0]}" if self.elements else self.id
+
+    @property
+    def note(self) -> str | None:
+        """Which element is shown where an array was asked for as a whole; None for anything else."""
+        if not self.elements:
+            return None
+        count = len(self.elements)
+        return f"array {self.id} has {count} element{'s' * (count > 1)}; this is {self.element_id}"
+
+    def is_ended(self, jobs: Sequence[Job]) -> bool:
+        """Say whether the one job that is shown has ended, by what Slurm says of the job that was asked for."""
+        index = self.element_id.partition("_")[2]
+        own = [job for job in jobs if not index or int(index) in element_indices(job.array_task)]
+        return all(job.is_ended for job in own)
 
     @property
     def run_directory(self) -> Path | None:
@@ -111,33 +127,60 @@ def find_job(slurm: SlurmClient, wanted: str, *, user: str) -> Found:
         NotFoundError: There is none; the message has the user's recent jobs.
     """
     job_id = wanted if JOB_ID.fullmatch(wanted) else _newest_of_name(slurm, wanted, user)
-    job: Job | None = None
     if job_id is not None:
         jobs = slurm.jobs(job_ids=[job_id])
-        exact = [candidate for candidate in jobs if job_id in {candidate.display_id, candidate.id}]
-        alive = [candidate for candidate in jobs if not candidate.is_ended]
-        job = next(iter([*exact, *alive, *jobs]), None)
         records = attempts_in_accounting(slurm, job_id)
+        if any(job.array_job_id == job_id for job in jobs) or any(r.id.startswith(f"{job_id}_") for r in records):
+            return _find_array(job_id, jobs, records)
+        exact = [candidate for candidate in jobs if job_id in {candidate.display_id, candidate.id}]
+        job = next(iter([*exact, *jobs]), None)
         if job is not None or records:
             return Found(id=job_id if job is None else _id_of(job, job_id), job=job, records=tuple(records))
     raise NotFoundError(f"job {wanted}: Slurm knows no such job; {_recent(slurm, user)}")
 
 
+def _find_array(job_id: str, jobs: Sequence[Job], records: Sequence[AccountingRecord]) -> Found:
+    """Let one element stand for an array: the first that has not ended, else the first.
+
+    Its own number is also the raw number of its last element, which must not be taken for the whole.
+    """
+    ordered = sorted(jobs, key=lambda job: (job.is_ended, element_indices(job.array_task)))
+    job = next(iter(ordered), None)
+    in_accounting = [element_indices(record.id.partition("_")[2]) for record in records]
+    known = sorted({index for each in jobs for index in element_indices(each.array_task)}.union(*in_accounting))
+    shown = known[:1] if job is None else element_indices(job.array_task)[:1]
+    element_id = "".join(f"{job_id}_{index}" for index in shown)
+    return Found(
+        id=job_id,
+        job=job,
+        records=tuple(record for record in records if record.id == element_id or not shown),
+        elements=(*shown, *(index for index in known if index not in shown)),
+    )
+
+
+def element_indices(text: str | None) -> list[int]:
+    """Return the indices in what Slurm writes for elements of an array: `3`, `4-9%2`, `[0-6:2,9]`; ascending."""
+    indices: set[int] = set()
+    for match in _INDICES.finditer((text or "").partition("%")[0]):
+        first = int(match["first"])
+        indices.update(range(first, int(match["last"] or first) + 1, int(match["step"] or 1)))
+    return sorted(indices)
+
+
 def _id_of(job: Job, asked: str) -> str:
-    """Return the name of what was asked for: the array's own number stays, a raw number becomes that of its element."""
-    if asked == job.array_job_id or job.array_task is None or not job.array_task.isdigit():
-        return asked
-    return job.display_id
+    """Return the name of what was asked for; a raw number becomes that of its element."""
+    return job.display_id if job.array_task is not None and job.array_task.isdigit() else asked
 
 
 def attempts_in_accounting(slurm: SlurmClient, job_id: str) -> list[AccountingRecord]:
-    """Return the job's attempts, oldest first; nothing where there is no accounting."""
+    """Return the job's attempts, of an array those of all elements, oldest first; nothing where there is no accounting."""
     try:
         records = slurm.accounting(job_ids=[job_id])
     except OutsideError as error:
         logger.info("accounting: %s", error)
         return []
-    own = [record for record in records if record.step is None and job_id in {record.id, record.raw_id, record.job_id}]
+    whole = [record for record in records if record.step is None]
+    own = [r for r in whole if job_id in {r.id, r.raw_id} or r.id.startswith(f"{job_id}_")]
     return [replace(record, cancelled_by=_user_name(record.cancelled_by)) for record in own]
 
 
@@ -154,8 +197,8 @@ def _user_name(user: str | None) -> str | None:
 def _newest_of_name(slurm: SlurmClient, name: str, user: str) -> str | None:
     jobs = [job for job in slurm.jobs() if job.name == name]
     own = [job for job in jobs if job.user == user] or jobs
-    newest = max(own, key=lambda job: int(job.id) if job.id.isdecimal() else 0, default=None)
-    return None if newest is None else newest.display_id
+    ids = {job.array_job_id or job.id for job in own}  # a name means a whole array, never one element of it
+    return max(ids, key=lambda number: int(number) if number.isdecimal() else 0, default=None)
 
 
 def _recent(slurm: SlurmClient, user: str) -> str:

@@ -336,6 +336,47 @@ def test_cancelling_a_whole_array_is_asked_about(run: Run, slurm: TalkativeSlurm
     assert slurm.cancelled == []
 
 
+def test_a_name_stands_for_a_whole_array(run: Run, slurm: TalkativeSlurm) -> None:
+    """Slurm gives the array's number to its last element too: by name or number it is the whole array that is asked about."""
+    slurm.kept = [
+        known_job("12", array_job_id="12", array_task="1"),
+        known_job("13", array_job_id="12", array_task="0", state="COMPLETED"),
+    ]
+    for wanted in ("train", "12"):
+        code, _, said = run("jobs", "cancel", wanted)
+        assert code == 3
+        assert "12 train, an array of 2" in said
+    assert slurm.cancelled == []
+    assert run("jobs", "cancel", "train", "--yes")[0] == 0
+    assert slurm.cancelled == ["12"]
+    slurm.kept = [known_job("12", array_job_id="12", array_task="0-9:3%2")]  # not split up yet: one record for all
+    assert "an array of 4" in run("jobs", "cancel", "train")[2]
+
+
+def test_the_element_that_stands_for_an_array_is_named(run: Run, slurm: TalkativeSlurm) -> None:
+    """`why`, `show` and `logs` explain one element: the first that has not ended, else the first; they say which."""
+    slurm.kept = [
+        known_job("12", array_job_id="12", array_task="10"),
+        known_job("13", array_job_id="12", array_task="0", state="COMPLETED"),
+        known_job("14", array_job_id="12", array_task="9"),
+    ]
+    for verb in ("why", "show", "logs"):
+        assert "array 12 has 3 elements; this is 12_9" in run("jobs", verb, "12")[2]
+    assert "this is" not in run("jobs", "show", "12_9")[2]
+    found = find_job(slurm, "train", user="me")  # type: ignore[arg-type]
+    assert not found.is_ended(slurm.kept)
+    assert found.is_ended([known_job("14", array_job_id="12", array_task="9", state="FAILED"), slurm.kept[0]])
+
+
+def test_an_array_that_only_accounting_remembers_is_found(run: Run, slurm: TalkativeSlurm, monkeypatch: Any) -> None:
+    """Its attempts are those of the element that is shown, not of all elements one after the other."""
+    kept = [AccountingRecord(id=f"12_{i}", raw_id=str(13 - i), name="t", state="COMPLETED") for i in (0, 1)]
+    monkeypatch.setattr(slurm, "accounting", lambda **_: kept)
+    found = find_job(slurm, "12", user="me")  # type: ignore[arg-type]
+    assert [record.id for record in found.records] == ["12_0"]
+    assert "array 12 has 2 elements; this is 12_0" in run("jobs", "why", "12")[2]
+
+
 def test_logs_of_a_run_are_found_by_rank(run: Run, slurm: TalkativeSlurm, tmp_path: Path) -> None:
     """A job of Muster's has a log for each rank; --lines takes the end; for a rank without one, those that have are said."""
     folder = tmp_path / "run" / "slurm"
