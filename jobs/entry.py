@@ -21,7 +21,7 @@ from jobs.interruption import StopSignals
 from jobs.jobspec import JobSpec
 from jobs.journal import Ending, EndReason, RunDirectory
 from jobs.process_group import RankInfo, read_rank_info
-from jobs.requeue import REQUEUE_EXIT_CODE, Requeuer
+from jobs.requeue import REQUEUE_EXIT_CODE, Requeuer, quit_now
 
 if TYPE_CHECKING:
     from jobs.settings import TrainConfig
@@ -47,7 +47,8 @@ class Task:
         """Run the task to its end.
 
         Returns:
-            0; every other ending leaves by SystemExit, so that the exit code of the task is the program's own.
+            0, for submitit to note; every other ending leaves the process at once (`quit_now`), so that the exit code of the
+            task is the program's own, and a job that is back in the queue has its nodes soon.
         """
         from jobs.run_folder import read_run
 
@@ -59,14 +60,16 @@ class Task:
         try:
             spec = read_run(directory)
             if spec.kind == "training":
-                from jobs.train import train
+                from jobs.train import main
 
-                train(training_config(spec, directory))
+                code = main(training_config(spec, directory))
             else:
-                run_attempt(spec, directory)
+                code = run_attempt(spec, directory)
         except MusterError as error:
             logger.error("%s", error)
-            sys.exit(error.exit_code)
+            code = error.exit_code
+        if code:
+            quit_now(code)
         return 0
 
     @staticmethod
@@ -93,12 +96,12 @@ class ProgramEnded(OutsideError):
         self.exit_code = code  # type: ignore[misc] # a class's constant elsewhere in the tree; here the program decides
 
 
-def run_attempt(spec: JobSpec, directory: Path) -> None:
-    """Run a command or an entry point with a journal and a way back into the queue; leaves by SystemExit unless all is well.
+def run_attempt(spec: JobSpec, directory: Path) -> int:
+    """Run a command or an entry point with a journal and a way back into the queue; returns the exit code to leave with.
 
     A program that ends because the job is preempted comes back, and so does one that asks for it with exit code 75. One that
     fails comes back `retries` times. One that runs into its time limit without asking for more is left there: it would only run
-    into it again.
+    into it again. One that ends with 0 is done, also where it was told to stop.
     """
     with StopSignals() as stop:
         info = read_rank_info(os.environ)
@@ -110,8 +113,8 @@ def run_attempt(spec: JobSpec, directory: Path) -> None:
             )
             code = run_command(spec) if spec.kind == "command" else call_entry_point(spec)
             if code == 0:
-                run.end_attempt(EndReason.FINISHED, None)
-                return
+                run.end_attempt(EndReason.FINISHED, None, message=_doubt(stop))
+                return 0
             if code != REQUEUE_EXIT_CODE and stop.requested is None:
                 raise ProgramEnded(f"{_program(spec)} ended with exit code {code}", code)
             code = _leave(requeuer, run, info, code)
@@ -121,7 +124,19 @@ def run_attempt(spec: JobSpec, directory: Path) -> None:
         except Exception as error:  # of whatever kind: the journal and the other ranks must hear of it
             logger.error("%s", error, exc_info=not isinstance(error, MusterError))
             code = requeuer.leave_after_crash(error)
-    sys.exit(code)
+    return code
+
+
+def _doubt(stop: StopSignals) -> str:
+    """Say, in the log too, what speaks against believing a program that ended with 0; nothing where nothing does."""
+    if stop.requested is None:
+        return ""
+    message = (
+        f"ended with exit code 0 after {stop.requested}, which counts as done; a program that has more to do exits with "
+        f"{REQUEUE_EXIT_CODE}"
+    )
+    logger.warning("%s", message)
+    return message
 
 
 def _leave(requeuer: Requeuer, run: RunDirectory, info: RankInfo, code: int) -> int:

@@ -18,7 +18,7 @@ from cluster.shell import CommandResult
 from cluster.slurm_records import Job
 from jobs.entry import Task, command_environment, run_command, training_config
 from jobs.jobspec import JobSpec, make_job
-from jobs.journal import RunDirectory
+from jobs.journal import EndReason, RunDirectory
 from jobs.run_folder import RunFolder, read_run
 from jobs.submit import Launcher, default_runs
 
@@ -422,6 +422,42 @@ def test_a_task_ends_as_its_program_did(tmp_path: Path, code: int, expected: int
     assert ended.returncode == (expected or 0), ended.stderr
     assert len(RunDirectory(run).attempts()) == 1
     assert not RunDirectory(run).is_finished
+
+
+def start_task(run: Path, code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_a_task_that_failed_ends_at_once(tmp_path: Path) -> None:
+    """Threads and exit handlers that take their time (torch's do) do not keep the nodes; what was printed is there."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "job.yaml").write_text("name: x\ncommand: [bash, -c, 'echo printed; exit 75']\n")
+    slow = "import atexit; atexit.register(print, 'took its time')"
+    ended = start_task(run, f"{slow}\nfrom jobs.entry import Task; print('begun'); Task({str(run)!r})()")
+    said = ended.communicate(timeout=60)[0]
+    assert ended.returncode == 75
+    assert "begun" in said
+    assert "printed" in said
+    assert "took its time" not in said
+
+
+def test_a_command_told_to_stop_that_ends_with_0_is_doubted(tmp_path: Path) -> None:
+    """It counts as finished, as its exit code says; log and journal say that it was told to stop, and of exit code 75."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "job.yaml").write_text("name: x\ncommand: [bash, -c, 'kill -TERM $PPID; sleep 0.2; exit 0']\n")
+    ended = start_task(run, f"from jobs.entry import Task; Task({str(run)!r})()")
+    said = ended.communicate(timeout=60)[0]
+    assert ended.returncode == 0, said
+    (attempt,) = RunDirectory(run).attempts()
+    assert attempt.reason is EndReason.FINISHED
+    for text in (said, attempt.message):
+        assert "exit code 0 after SIGTERM" in text
 
 
 def test_the_run_directory_of_the_job_is_that_of_the_training(tmp_path: Path) -> None:
