@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +22,7 @@ from jobs.collectives import on_rank_0
 from jobs.interruption import StopSignals
 from jobs.journal import EndReason, RunDirectory
 from jobs.process_group import RankInfo, close_process_group, read_rank_info
-from jobs.requeue import CANCELLED_EXIT_CODE, Requeuer
+from jobs.requeue import CANCELLED_EXIT_CODE, Requeuer, quit_now
 from jobs.settings import TrainConfig, dump_config, load_config
 
 if TYPE_CHECKING:  # loaded in `train`, behind the signal handlers: torch takes seconds in which a stop may be asked for
@@ -74,21 +73,19 @@ def main(config: TrainConfig) -> int:
             return requeuer.leave_after_crash(error)
 
 
-def train(config: TrainConfig) -> None:
-    """Do as `main`, but leave the process by SystemExit unless the run is finished: for callers that launch a job's task."""
-    code = main(config)
-    if code:
-        sys.exit(code)
-
-
 def run_attempt(config: TrainConfig, info: RankInfo, run: RunDirectory, requeuer: Requeuer, stop: StopSignals) -> int:
     """Train from the last checkpoint on; returns the exit code."""
     from jobs.reporter import Reporter
     from jobs.training import resume, set_up
 
     training = set_up(config, info, stop)
-    said = resume(training)
-    attempt = begin_attempt(training, run, requeuer)
+    on_rank_0(training.ranks, lambda: run.lock(info, is_job_alive=requeuer.is_job_alive))
+    try:
+        said = resume(training)  # it clears up after dead saves: not before it is sure that they are dead
+        attempt = begin_attempt(training, run, requeuer)
+    except BaseException:
+        run.release()
+        raise
     with Reporter(training, attempt=attempt) as reporter:
         for sentence in said:
             reporter.say(sentence)
@@ -363,4 +360,5 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command_line())
+    if exit_code := run_command_line():
+        quit_now(exit_code)

@@ -483,6 +483,48 @@ def test_evaluation_and_pictures_leave_training_as_it_is(
     assert list((config.run_directory / "logs").rglob("events.out.tfevents.*"))
 
 
+def test_a_second_start_leaves_the_save_under_way_alone(
+    tmp_path: Path, shards: Path, in_process: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused before anything is cleared up: what looks like the remains of a dead save may be the live job's, being written."""
+    config = make_config(tmp_path / "run", shards)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys; from pathlib import Path; from jobs.journal import RunDirectory\n"
+            "from jobs.process_group import read_rank_info\n"
+            f"RunDirectory(Path({str(config.run_directory)!r})).begin_attempt(read_rank_info(os.environ), 0)\n"
+            "print('begun', flush=True); sys.stdin.read()",
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "begun\n"
+        under_way = config.run_directory / "checkpoints" / ".step-00000005.tmp-0123abcd"
+        under_way.mkdir(parents=True)
+        (under_way / "model.pt").write_bytes(b"half")
+        assert in_process(config) == 9
+        assert (under_way / "model.pt").exists()
+        assert "works on this run" in caplog.text
+        holder.kill()
+    assert in_process(config) == 0  # the dead job's remains are cleared up
+    assert not under_way.exists()
+
+
+def test_a_refused_resume_gives_the_lock_back(
+    tmp_path: Path, shards: Path, in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that fails between lock and attempt (here: other settings) leaves no lock behind, also within one process."""
+    config = make_config(tmp_path / "run", shards)
+    stop_after(monkeypatch, 2)
+    assert in_process(config) == 75
+    assert in_process(make_config(tmp_path / "run", shards, optimizer={"learning_rate": 1e-5})) == 3
+    assert not (config.run_directory / "lock.json").exists()
+
+
 def test_other_settings_are_refused_on_resume(
     tmp_path: Path, shards: Path, in_process: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
