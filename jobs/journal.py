@@ -297,19 +297,21 @@ class RunDirectory:
             seconds_lost = None
         else:
             seconds_lost = self._seconds_lost(current, committed, step, self._clock())
-        self._append(
-            "end",
-            attempt=current.number,
-            reason=reason.value,
-            message=message[:_MESSAGE_CHARS],
-            step=step,
-            committed_step=committed,
-            seconds_lost=seconds_lost,
-            failing_rank=failing_rank,
-            failing_node=failing_node,
-        )
-        self._current = None
-        self._lock.release()
+        try:
+            self._append(
+                "end",
+                attempt=current.number,
+                reason=reason.value,
+                message=message[:_MESSAGE_CHARS],
+                step=step,
+                committed_step=committed,
+                seconds_lost=seconds_lost,
+                failing_rank=failing_rank,
+                failing_node=failing_node,
+            )
+        finally:  # also where the disk is full: the next attempt completes the journal, and must be able to begin
+            self._current = None
+            self._lock.release()
 
     def mark_finished(self, step: int) -> None:
         """Note that the run has reached its end, at `step`; rank 0 only, others do nothing."""

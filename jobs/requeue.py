@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -50,10 +51,13 @@ CRASHED_EXIT_CODE = 1
 
 _SLURM_TIMEOUT_S = 10.0
 _TRIES = 3
+_ASKING_TRIES = 5  # more than for acting: without an answer nothing may be done
 _PAUSE_S = 0.3
 _START_DELAY_S = 6
 _OTHERS_FIRST_S = 2.0  # a rank whose peers vanished waits so long for the one that knows why
 _ENDING_TIMEOUT_S = 60.0
+_WAITS_FOR_NODES = {None, "None", "Resources", "Priority"}  # and not for a person, a date or another job
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Requeuer:
@@ -194,28 +198,38 @@ class Requeuer:
             self._settle(Ending(code, cause.reason, cause.message), step=None)
             return code
 
-    def leave_after_crash(self, error: BaseException, *, step: int | None = None) -> int:
+    def leave_after_crash(self, error: BaseException, *, step: int | None = None, is_rank: bool = True) -> int:
         """End this attempt after an error; returns the exit code to leave with, at once. Not a collective call.
 
         Every failing rank leaves a note; one of them decides for all: requeue without the failed node, or, after too many
         failures without progress, give up. A rank that only lost its peers gives way to the one that knows why. What a person
         has to mend (a wrong setting, a run in use) is not tried again.
+
+        Args:
+            error: What went wrong.
+            step: Step that the run has reached, where the caller knows it.
+            is_rank: Whether it went wrong in this very rank. The batch script only sees that the step is over: it blames no
+                rank and no node, except those that could still say what happened to them.
         """
         info = self._info
         own_code = error.exit_code if isinstance(error, MusterError) else CRASHED_EXIT_CODE
         with _deaf_to_signals():
-            self._run.note_crash(info, error, step=step)
             note = CrashNote(rank=info.rank, node=info.node, message=f"{type(error).__name__}: {error}", step=step)
-            if note.is_after_effect and info.job_id is not None:
-                self._let_others_speak()
+            if is_rank:
+                self._run.note_crash(info, error, step=step)
+                if note.is_after_effect and info.job_id is not None:
+                    self._let_others_speak()
             if not self._run.claim_ending(info):
                 return self._follow_ending(step)
-            first = first_failure(self._run.crash_notes(info.attempt_label)) or note
+            first = first_failure(self._run.crash_notes(info.attempt_label)) or (note if is_rank else None)
+            message = note.message if first is None else first.message
+            blamed = None if first is None or first.is_after_effect else first
             if isinstance(error, (InputError, StateError, MissingError)):
-                ending = Ending(own_code, EndReason.CRASHED, first.message, first.rank, first.node)
+                ending = _crash_ending(own_code, message, blamed)
             else:
-                ending = self._end_crashed(first, own_code)
-            self._settle(ending, step=step)
+                ending = self._end_crashed(message, blamed, own_code, is_disk_full=_is_disk_full(error))
+            # A job that was refused the run has no attempt in it: it must not stand in the journal of the job that works there.
+            self._settle(ending, step=step, is_attempt=not isinstance(error, StateError))
             return ending.code
 
     def _let_others_speak(self) -> None:
@@ -226,12 +240,13 @@ class Requeuer:
                 return
             self._sleep(_PAUSE_S)
 
-    def _settle(self, ending: Ending, *, step: int | None) -> None:
+    def _settle(self, ending: Ending, *, step: int | None, is_attempt: bool = True) -> None:
         """Tell the other ranks, and the journal (of an attempt that rank 0 has begun, rank 0 or the next attempt does that)."""
         self._run.write_ending(self._info, ending)
         with contextlib.suppress(OSError):
             self._end_in_journal(ending, step)
-            self._run.end_unbegun(self._info, ending)
+            if is_attempt:
+                self._run.end_unbegun(self._info, ending)
 
     def _end_in_journal(self, ending: Ending, step: int | None, committed_step: int | None = None) -> None:
         self._run.end_attempt(
@@ -279,7 +294,8 @@ class Requeuer:
             return False
         recent = self._now() - timedelta(seconds=60)
         return any(
-            other.is_pending or (other.is_running and other.start_time is not None and other.start_time > recent)
+            (other.is_pending and other.reason in _WAITS_FOR_NODES)
+            or (other.is_running and other.start_time is not None and other.start_time > recent)
             for other in others
         )
 
@@ -288,20 +304,28 @@ class Requeuer:
         if not cause.comes_back:
             return REQUEUE_EXIT_CODE if self._info.job_id is None else CANCELLED_EXIT_CODE
         assert self._info.slurm_id is not None
+        if cause.reason is EndReason.UNKNOWN:
+            return self._leave_it_to_the_exit_code("nobody knows whether it was cancelled")
         if cause.is_requeued or self._requeue(self._info.slurm_id):
             self._lift_hold(self._info.slurm_id, exclude)
         else:
-            logger.warning(
-                "job %s could not be requeued; it exits with %d, which RequeueExit of slurm.conf turns into a requeue",
-                self._info.slurm_id,
-                REQUEUE_EXIT_CODE,
-            )
+            return self._leave_it_to_the_exit_code("Slurm refuses or does not answer")
         return REQUEUE_EXIT_CODE
 
-    def _requeue(self, job_id: str) -> bool:
+    def _leave_it_to_the_exit_code(self, why: str) -> int:
+        """Return the exit code that slurm.conf's RequeueExit brings a job back with; the log says why nothing else does."""
+        logger.warning(
+            "job %s is not requeued (%s); it exits with %d, which RequeueExit turns into a requeue",
+            self._info.slurm_id,
+            why,
+            REQUEUE_EXIT_CODE,
+        )
+        return REQUEUE_EXIT_CODE
+
+    def _requeue(self, job_id: str, *, hold: bool = False) -> bool:
         for last in (False, False, True)[-_TRIES:]:
             try:
-                self._slurm.requeue(job_id)
+                self._slurm.requeue(job_id, hold=hold)
             except MusterError as error:
                 # Refused because it is in the queue already (somebody was quicker), or the answer got lost on the way.
                 job = self._own_job(tries=1)
@@ -330,38 +354,73 @@ class Requeuer:
             else:
                 return
 
-    def _end_crashed(self, first: CrashNote, own_code: int) -> Ending:
+    def _end_crashed(
+        self, message: str, blamed: CrashNote | None, own_code: int, *, is_disk_full: bool = False
+    ) -> Ending:
         """Find out whether the failure came from outside, and requeue, give up, or leave it at that."""
         info = self._info
-        rank, node = (None, None) if first.is_after_effect else (first.rank, first.node)
         if info.job_id is None:
-            return Ending(own_code, EndReason.CRASHED, first.message, rank, node)
+            return _crash_ending(own_code, message, blamed)
         job = self._own_job()
         down_nodes = self._down_nodes(job)
         crashed = self._stop is None or self._stop.requested is None
         cause = judge(job, info, signal_name=None, now=self._now(), down_nodes=down_nodes, crashed=crashed)
         bad = down_nodes
         if cause.reason in {EndReason.SIGNALLED, EndReason.UNKNOWN}:  # nothing from outside: the fault is in here
-            bad = (node,) if node is not None else self._silent_nodes()
-            suspects = f"; nothing was heard from {', '.join(bad)}" if node is None and bad else ""
-            cause = Cause(EndReason.CRASHED, first.message + suspects)
+            bad = (blamed.node,) if blamed is not None else self._silent_nodes()
+            suspects = f"; nothing was heard from {', '.join(bad)}" if blamed is None and bad else ""
+            cause = Cause(EndReason.CRASHED, message + suspects)
         elif cause.reason is EndReason.NODE_FAILURE:
-            cause = replace(cause, message=f"{cause.message}; {first.message}")
+            cause = replace(cause, message=f"{cause.message}; {message}")
         if not cause.comes_back:
             code = CANCELLED_EXIT_CODE
         elif cause.reason.is_failure and not self._run.may_retry(info, retries=self._retries, reason=cause.reason):
-            self._run.give_up(f"the last one: rank {first.rank} on {first.node}: {cause.message}")
+            who = "" if blamed is None else f"rank {blamed.rank} on {blamed.node}: "
+            self._give_up(f"the last one: {who}{cause.message}")
             code = own_code
+        elif job is None:
+            code = self._leave_it_to_the_exit_code("nobody knows whether it was cancelled")
+        elif cause.reason is EndReason.CRASHED and is_disk_full and info.restart_count >= self._retries:
+            code = self._hold(own_code)
         else:
             code = self._act(cause, exclude=self._excludable(job, bad))
         if cause.reason is not EndReason.CRASHED:
             return Ending(code, cause.reason, cause.message)
-        return Ending(code, cause.reason, cause.message, rank, node)
+        return _crash_ending(code, cause.message, blamed)
+
+    def _give_up(self, message: str) -> None:
+        try:
+            self._run.give_up(message)
+        except OSError as error:  # the job ends all the same; only its file `failed` is not there
+            logger.error("%s gives up (%s), and cannot write that down: %s", self._run.path, message, error)
+
+    def _hold(self, own_code: int) -> int:
+        """Requeue the job so that it waits for a person; ends it with `own_code` where that fails.
+
+        On a full disk no failure gets into the journal, so counting them would never come to an end.
+        """
+        assert self._info.slurm_id is not None
+        job_id = self._info.slurm_id
+        if not self._requeue(job_id, hold=True):
+            return own_code
+        logger.error(
+            "%s: the disk is full (or the quota), and the journal with it; job %s is held: make room, then "
+            "`scontrol release %s`",
+            self._run.path,
+            job_id,
+            job_id,
+        )
+        return REQUEUE_EXIT_CODE
 
     def _silent_nodes(self) -> tuple[str, ...]:
-        """Return the nodes from which no note came, where others left some: the likely cause when all only lost a peer."""
+        """Return the nodes from which no note came, where others left some: the likely cause when all only lost a peer.
+
+        None where they are many: then their ranks are only slow to notice, and no suspicion falls on any.
+        """
+        nodes = self._info.nodes
         heard = {note.node for note in self._run.crash_notes(self._info.attempt_label)}
-        return tuple(node for node in self._info.nodes if node not in heard) if heard else ()
+        silent = tuple(node for node in nodes if node not in heard) if heard else ()
+        return silent if len(silent) <= max(1, len(nodes) // 8) else ()
 
     def _follow_ending(self, step: int | None = None, committed_step: int | None = None) -> int:
         """Wait for the rank that settles the attempt; its exit code is everybody's. Rank 0 puts it into the journal."""
@@ -405,7 +464,7 @@ class Requeuer:
             return ()
         return tuple(node.name for node in nodes if node.states & {"DOWN", "NOT_RESPONDING", "FAIL"})
 
-    def _own_job(self, tries: int = _TRIES) -> Job | None:
+    def _own_job(self, tries: int = _ASKING_TRIES) -> Job | None:
         assert self._info.slurm_id is not None
         for _ in range(tries):
             try:
@@ -417,6 +476,25 @@ class Requeuer:
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), tz=timezone.utc)
+
+
+def _crash_ending(code: int, message: str, blamed: CrashNote | None) -> Ending:
+    if blamed is None:
+        return Ending(code, EndReason.CRASHED, message)
+    return Ending(code, EndReason.CRASHED, message, blamed.rank, blamed.node)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Say whether a full disk, or a quota, is behind an error: itself, or what it was raised from."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    # From another rank an error comes without what it was raised from.
+    return any(os.strerror(number) in str(error) for number in _FULL_DISK)
 
 
 @contextlib.contextmanager
@@ -467,7 +545,7 @@ def after_step(
         return status
     requeuer = Requeuer(info, run, slurm=slurm, retries=retries)
     error = MusterError(f"the step ended with exit status {status} and no rank could say why")
-    return requeuer.leave_after_crash(error)
+    return requeuer.leave_after_crash(error, is_rank=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

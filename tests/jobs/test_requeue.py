@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import CommandTimeout, JobError, MusterError, NotFoundError, SlurmError
+from cluster.errors import CommandTimeout, JobError, MusterError, NotFoundError, SlurmError, StateError
 from cluster.slurm_records import UNLIMITED, AccountingRecord, Job, Node, Partition
-from jobs.attempts import EndReason
+from jobs.attempts import EndReason, describe_attempt
 from jobs.causes import judge
 from jobs.interruption import StopSignals
 from jobs.journal import RunDirectory
@@ -85,7 +86,7 @@ class FakeSlurm:
         if self.refusals:
             raise self.refusals.pop(0)
         assert self.record is not None
-        self.done.append(f"requeue {job_id}")
+        self.done.append(f"{'requeuehold' if hold else 'requeue'} {job_id}")
         restarts = (self.record.restarts or 0) + 1
         self.record = replace(self.record, state="COMPLETING", restarts=restarts, preempt_time=None)
 
@@ -161,20 +162,32 @@ def test_a_dead_node_explains_a_requeue() -> None:
     assert "gpu-2" in cause.message
 
 
+class Clock:
+    """Time that passes by sleeping only."""
+
+    def __init__(self) -> None:
+        self.now_s = NOW.timestamp()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path, heartbeat_s=60)
 
 
 def make(run: RunDirectory, slurm: FakeSlurm, rank: int = 0, **settings: Any) -> Requeuer:
-    waits: list[float] = []
-    clock = lambda: NOW.timestamp() + sum(waits)  # noqa: E731 - time passes by sleeping only
+    clock = Clock()
     return Requeuer(
         rank_info(rank, restart_count=settings.pop("restart_count", 0)),
         run,
         slurm=slurm,  # type: ignore[arg-type] # the methods that are used
         clock=clock,
-        sleep=waits.append,
+        sleep=clock.sleep,
         **settings,
     )
 
@@ -416,6 +429,134 @@ def test_a_stop_during_start_up_requeues_once(run: RunDirectory) -> None:
     assert [attempt.reason for attempt in run.attempts()] == [EndReason.PREEMPTED]
 
 
+def test_a_refused_job_leaves_no_trace_in_the_journal(run: RunDirectory) -> None:
+    """Job 8 may not work where job 7 does: that is no attempt of this run, and no failure."""
+    slurm = FakeSlurm(RUNNING)
+    run.begin_attempt(rank_info(), 0)
+    other = RunDirectory(run.path, heartbeat_s=60)
+    error = StateError("job 7 works on this run")
+    requeuer = Requeuer(rank_info(job_id="8"), other, slurm=slurm)  # type: ignore[arg-type]
+    assert requeuer.leave_after_crash(error) == error.exit_code
+    assert [attempt.job_id for attempt in run.attempts()] == ["7"]
+
+
+@pytest.mark.parametrize(("heard", "silent"), [(14, 2), (13, 0), (1, 0)])
+def test_few_silent_nodes_are_suspect_and_many_are_only_late(run: RunDirectory, heard: int, silent: int) -> None:
+    """Of sixteen nodes two may be excluded for their silence; three have not all failed at once."""
+    names = tuple(f"gpu-{number}" for number in range(1, 17))
+    slurm = FakeSlurm(RUNNING)
+    slurm.states = {name: frozenset({"IDLE"}) for name in names}
+    lost = RuntimeError("Connection reset by peer")
+    for rank in range(1, heard):
+        run.note_crash(replace(rank_info(rank), nodes=names), lost)
+    info = replace(rank_info(), nodes=names, world_size=16)
+    clock = Clock()
+    Requeuer(info, run, slurm=slurm, clock=clock, sleep=clock.sleep).leave_after_crash(lost)  # type: ignore[arg-type]
+    assert ("ExcNodeList" in slurm.done[1]) is (silent > 0)
+
+
+def test_without_an_answer_no_job_is_requeued(run: RunDirectory) -> None:
+    """It may be cancelled, and a requeue would revive it. So only the exit code speaks, after a crash as after a signal."""
+
+    class Mute(FakeSlurm):
+        def job(self, job_id: str) -> Job:
+            raise CommandTimeout("scontrol: no answer", argv=["scontrol"], timeout_s=10)
+
+    slurm = Mute(RUNNING)
+    assert leave(run, slurm) == REQUEUE_EXIT_CODE
+    run.begin_attempt(rank_info(restart_count=1), 20)
+    assert make(run, slurm, restart_count=1).leave_after_crash(ValueError("x")) == REQUEUE_EXIT_CODE
+    assert slurm.done == []
+
+
+def test_a_slurm_that_is_slow_to_answer_is_asked_again(run: RunDirectory) -> None:
+    """slurmctld restarts: the fourth question is answered, and the job requeued."""
+
+    class Restarting(FakeSlurm):
+        unanswered = 3
+
+        def job(self, job_id: str) -> Job:
+            if self.unanswered:
+                self.unanswered -= 1
+                raise CommandTimeout("scontrol: no answer", argv=["scontrol"], timeout_s=10)
+            return super().job(job_id)
+
+    slurm = Restarting(IN_GRACE)
+    leave(run, slurm)
+    assert slurm.done[0] == "requeue 7"
+
+
+@pytest.mark.parametrize("reason", ["JobHeldUser", "Dependency", "BeginTime"])
+def test_a_job_that_waits_for_something_else_has_preempted_nobody(run: RunDirectory, reason: str) -> None:
+    """A held job of a higher tier does not want the nodes: the requeue was made by hand."""
+    slurm = FakeSlurm(REQUEUED_BY_SLURM)
+    slurm.others = [Job(id="8", partition="high", state="PENDING", reason=reason)]
+    leave(run, slurm)
+    assert run.attempts()[0].reason is EndReason.REQUEUED
+
+
+# A full disk
+
+
+class FullRun(RunDirectory):
+    """A run on a disk without a byte left."""
+
+    def _append(self, event: str, **fields: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def give_up(self, message: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+
+def full_disk(*, wrapped: bool) -> Exception:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not wrapped:
+                raise
+            raise MusterError("step 30 could not be saved") from error
+    except (OSError, MusterError) as error:
+        return error
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("restart_count", "done"), [(2, "requeue 7"), (3, "requeuehold 7")])
+def test_on_a_full_disk_the_job_is_held_in_the_end(
+    tmp_path: Path, restart_count: int, done: str, wrapped: bool
+) -> None:
+    """No failure can be counted there; so after `retries` restarts the job waits for a person instead of trying for ever."""
+    slurm = FakeSlurm(replace(RUNNING, restarts=restart_count))
+    run = FullRun(tmp_path)
+    code = make(run, slurm, restart_count=restart_count).leave_after_crash(full_disk(wrapped=wrapped))
+    assert code == REQUEUE_EXIT_CODE
+    assert slurm.done[0] == done
+    assert not (done == "requeuehold 7" and len(slurm.done) > 1)
+
+
+def test_a_run_that_cannot_even_be_held_ends(tmp_path: Path) -> None:
+    """Slurm refuses the hold: the error's own exit code, which brings nothing back."""
+    slurm = FakeSlurm(replace(RUNNING, restarts=3))
+    slurm.refusals = [SlurmError("no", argv=["scontrol"], returncode=1) for _ in range(3)]
+    assert make(FullRun(tmp_path), slurm, restart_count=3).leave_after_crash(full_disk(wrapped=False)) == 1
+
+
+def test_giving_up_on_a_full_disk_still_ends_the_job(tmp_path: Path) -> None:
+    """`failed` cannot be written, which is not an error of its own."""
+    slurm = FakeSlurm(RUNNING)
+    assert make(FullRun(tmp_path), slurm, retries=0).leave_after_crash(ValueError("x")) == 1
+    assert slurm.done == []
+
+
+def test_a_full_disk_keeps_no_lock(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end cannot be noted, and the run is free for the next all the same."""
+    run.begin_attempt(rank_info(), 0)
+    monkeypatch.setattr(run, "_append", FullRun(run.path)._append)
+    with pytest.raises(OSError, match="No space left"):
+        run.end_attempt(EndReason.CRASHED, 3)
+    assert not (run.path / "lock.json").exists()
+
+
 # The batch script's last resort
 
 BATCH = {
@@ -438,6 +579,26 @@ def test_a_step_that_was_killed_whole_is_retried(run: RunDirectory) -> None:
     assert slurm.done[0] == "requeue 7"
     assert run.attempts()[0].reason is EndReason.CRASHED
     assert "137" in run.attempts()[0].message
+
+
+def test_a_step_that_was_killed_whole_blames_nobody(run: RunDirectory) -> None:
+    """The batch script runs on the first node; that is no reason to suspect this node, nor rank 0."""
+    slurm = FakeSlurm(RUNNING)
+    run.begin_attempt(rank_info(), 0)
+    settle(run, slurm, 137)
+    assert slurm.done == ["requeue 7", "update 7 StartTime=now+6seconds"]
+    assert run.crash_notes(rank_info().attempt_label) == []
+    assert "failed first" not in describe_attempt(run.attempts()[0])
+
+
+def test_the_batch_script_believes_a_rank_that_could_still_speak(run: RunDirectory) -> None:
+    """Rank 1 left a note before the step was killed: gpu-2 is excluded, and its note is the message."""
+    slurm = FakeSlurm(RUNNING)
+    run.note_crash(rank_info(1), ValueError("not a number"))
+    settle(run, slurm, 1)
+    assert slurm.done[1] == "update 7 ExcNodeList=gpu-2 StartTime=now+6seconds"
+    (attempt,) = run.attempts()
+    assert (attempt.failing_rank, attempt.message) == (1, "ValueError: not a number")
 
 
 @pytest.mark.parametrize("status", [0, REQUEUE_EXIT_CODE, CANCELLED_EXIT_CODE])
