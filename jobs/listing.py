@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from cluster.errors import OutsideError
 from cluster.hostlist import fold
 from cluster.slurm import SlurmClient
 from cluster.slurm_records import UNLIMITED, AccountingRecord, Job
-from jobs.lookup import Found, describe_time
+from jobs.lookup import Found, describe_time, element_indices
 from jobs.run_folder import SLURM_FOLDER
 from jobs.why import span
 
@@ -61,11 +62,13 @@ def job_rows(slurm: SlurmClient, *, users: Sequence[str], queue: str | None, wit
         for record in reversed(records):  # the last attempt of a requeued job stands for it
             if record.step is None and (queue is None or record.partition == queue):
                 rows.setdefault(record.id, _row_of_record(record, restarts=attempts[record.id] - 1))
-    return sorted(
-        rows.values(),
-        key=lambda row: (row.submitted or datetime.min.replace(tzinfo=timezone.utc), row.id),
-        reverse=True,
-    )
+    return sorted(rows.values(), key=_age, reverse=True)
+
+
+def _age(row: JobRow) -> tuple[int, ...]:
+    """Order by number, 12_3 before 12_10 before 13: the time of submission is set anew when a job is requeued."""
+    number, _, index = row.id.partition("_")
+    return (*(int(digits) for digits in re.findall(r"\d+", number)[:1]), *element_indices(index)[:1])
 
 
 def _row_of_job(job: Job) -> JobRow:

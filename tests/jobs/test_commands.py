@@ -252,6 +252,17 @@ def test_the_list_shows_ones_own_jobs(run: Run, slurm: TalkativeSlurm) -> None:
     assert [row["id"] for row in json.loads(out)] == ["3"]
 
 
+def test_the_list_is_in_order_of_numbers(run: Run, slurm: TalkativeSlurm) -> None:
+    """10 is newer than 9, also as an element of an array, and a requeue, which resets the time of submission, moves nothing."""
+    slurm.kept = [
+        *(known_job(n, array_job_id="15", array_task=i) for n, i in (("16", "9"), ("17", "10"), ("15", "11-20%2"))),
+        known_job("9", submit_time=NOW),
+        known_job("10"),
+    ]
+    _, out, _ = run("jobs", "list")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["15_[11-20%2]", "15_10", "15_9", "10", "9"]
+
+
 def test_an_unknown_queue_is_named(run: Run, slurm: TalkativeSlurm) -> None:
     """A queue that is not there is an error with the nearest name, not an empty list."""
     code, _, said = run("jobs", "list", "--queue", "hgih")
