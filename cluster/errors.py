@@ -29,6 +29,14 @@ class MusterError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the class, its message and its attributes; ranks tell each other of errors this way.
+
+        As exceptions do it by themselves, the class would be called again with the message only, and those with keywords of
+        their own would refuse that in the process that reads it.
+        """
+        return _restore, (type(self), self.args), vars(self)
+
 
 class InputError(MusterError):
     """A value that a person wrote is wrong."""
@@ -109,3 +117,7 @@ class InterruptedRunError(MusterError):
     """
 
     exit_code = 75
+
+
+def _restore(kind: type[MusterError], arguments: tuple[object, ...]) -> MusterError:
+    return kind.__new__(kind, *arguments)

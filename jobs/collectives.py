@@ -6,6 +6,7 @@ that is what keeps the others from waiting for it for ever.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -79,8 +80,17 @@ def on_rank_0(ranks: Ranks, action: Callable[[], T]) -> T:
         try:
             outcome = action(), None
         except Exception as error:  # whatever it is, the others wait to hear of it
-            outcome = None, error
+            outcome = None, _sendable(error)
     value, failure = ranks.broadcast(outcome)
     if failure is not None:
         raise failure
     return value  # type: ignore[return-value] # there is one where nothing failed
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that arrives: many a library's cannot be made anew from its pickle, and the others would fail on that."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - written by ourselves a moment ago
+    except Exception:  # pickling runs foreign code, which may fail in any way
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -33,3 +34,36 @@ def test_the_docstring_draws_every_error_with_its_code(kind: type[errors.MusterE
     """The tree in the module's docstring names each class and its exit code."""
     assert errors.__doc__ is not None
     assert re.search(rf"\b{kind.__name__}\s+{kind.exit_code}\b", errors.__doc__)
+
+
+_NEEDED: dict[type[errors.MusterError], dict[str, object]] = {
+    errors.CommandError: {"argv": ("scontrol", "show"), "returncode": 2, "stdout": "o", "stderr": "e"},
+    errors.SlurmError: {"argv": ("squeue",), "returncode": 1, "stderr": "down"},
+    errors.CommandTimeout: {"argv": ("sinfo",), "timeout_s": 2.5},
+}
+
+
+@pytest.mark.parametrize("kind", _all_errors(), ids=lambda kind: kind.__name__)
+def test_every_error_can_be_sent_to_another_process(kind: type[errors.MusterError]) -> None:
+    """Ranks, data workers and submitit hand errors on by pickle: class, message and every attribute arrive."""
+    error = kind("the message", **_NEEDED.get(kind, {}))
+    error.findings = ["one"]  # type: ignore[attr-defined] # whatever somebody hangs on it
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is kind
+    assert str(arrived) == "the message"
+    assert vars(arrived) == vars(error)
+    assert arrived.exit_code == error.exit_code
+
+
+def test_an_error_with_a_constructor_of_its_own_arrives_whole() -> None:
+    """What a subclass elsewhere demands of its callers is not asked again of the pickled error."""
+    arrived = pickle.loads(pickle.dumps(OneOfItsOwn("x", code=42)))
+    assert (str(arrived), arrived.exit_code) == ("x", 42)
+
+
+class OneOfItsOwn(errors.OutsideError):
+    """Like jobs.entry.ProgramEnded."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc] # as there
