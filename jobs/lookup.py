@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pwd
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ from cluster.slurm import SlurmClient
 from cluster.slurm_records import AccountingRecord, Job
 from jobs.journal import AttemptRecord, RunDirectory
 from jobs.run_folder import JOB_FILE, SLURM_FOLDER
-from jobs.why import Attempt, Scene, moment
+from jobs.why import Attempt, Scene, clock
 
 logger = logging.getLogger(__name__)
 
@@ -243,21 +243,28 @@ def gather(slurm: SlurmClient, found: Found, *, now: datetime) -> Scene:
         partitions=ask("queues", slurm.partitions) if waiting else (),
         priorities=ask("priorities", lambda: slurm.priorities([job.id])) if job is not None and waiting else (),
         expected_start=start,
-        attempts=tuple(journal_attempts(found.run_directory, found.element_id)),
+        attempts=tuple(journal_attempts(found.run_directory, _numbers_in_journal(found))),
         unread=tuple(unread),
     )
 
 
-def journal_attempts(run: Path | None, job_id: str) -> list[Attempt]:
+def _numbers_in_journal(found: Found) -> set[str]:
+    """Return the numbers by which a journal may know this job: element 3 of array 12 has a raw number of its own."""
+    known = {found.element_id, *(record.raw_id for record in found.records)}
+    return known if found.job is None else {*known, found.job.id}
+
+
+def journal_attempts(run: Path | None, numbers: Collection[str]) -> list[Attempt]:
     """Return what the run's own journal says about the attempts of this job; nothing where it keeps none.
 
-    A run may have been worked on by several jobs, one after the other; element 3 of array 12 has a raw id of its own, so an
-    array's journal is taken whole.
+    Args:
+        run: Its run directory, which several jobs may have worked on, one after the other.
+        numbers: The raw numbers that Slurm gave the job.
     """
     if run is None:
         return []
     records = RunDirectory(run).attempts()
-    own = [record for record in records if "_" in job_id or record.job_id in {None, job_id}]
+    own = [record for record in records if record.job_id is None or record.job_id in numbers]
     return [_as_attempt(record) for record in own]
 
 
@@ -283,4 +290,4 @@ def _as_attempt(record: AttemptRecord) -> Attempt:
 
 def describe_time(when: datetime | None, now: datetime) -> str:
     """Write a time for a table; nothing where it is not known."""
-    return "" if when is None else moment(when, now).removeprefix("at ")
+    return "" if when is None else clock(when, now)

@@ -179,7 +179,7 @@ def _explain_begin_time(job: Job, scene: Scene) -> tuple[list[str], list[str]]:
     """A requeued job is held for a while, so that its nodes are clean first; others have asked for a start time."""
     when = job.eligible_time if job.eligible_time and job.eligible_time > scene.now else job.start_time
     until = (
-        f" until {moment(when, scene.now)}"
+        f" until {clock(when, scene.now)}"
         if when is not None and when > scene.now
         else " until the next look at the queue"
     )
@@ -340,7 +340,7 @@ def _priority_in_words(job: Job, scene: Scene) -> str:
 
 
 def _explain_running(job: Job, scene: Scene) -> Answer:
-    since = f" since {moment(job.start_time, scene.now)}" if job.start_time is not None else ""
+    since = f" since {clock(job.start_time, scene.now)}" if job.start_time is not None else ""
     verb = {"COMPLETING": "is ending", "CONFIGURING": "is being given its nodes", "SUSPENDED": "is suspended"}.get(
         job.state, "runs"
     )
@@ -522,11 +522,16 @@ def _has_room(node: Node, gpus: int, job: Job) -> bool:
 
 def moment(when: datetime, now: datetime) -> str:
     """Write a time both ways: `at 14:03:11 (2 min ago)`, with the date where it is not today's. Local time."""
+    return f"at {clock(when, now)}"
+
+
+def clock(when: datetime, now: datetime) -> str:
+    """Write a time as `moment` does, to stand behind a word of its own: `since 14:03:11 (2 min ago)`."""
     local = when.astimezone()
     pattern = "%H:%M:%S" if local.date() == now.astimezone().date() else "%Y-%m-%d %H:%M:%S"
     difference = when - now
     relative = f"in {span(difference)}" if difference > timedelta(0) else f"{span(-difference)} ago"
-    return f"at {local.strftime(pattern)} ({relative})"
+    return f"{local.strftime(pattern)} ({relative})"
 
 
 def span(length: timedelta) -> str:

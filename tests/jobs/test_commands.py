@@ -455,6 +455,24 @@ def test_why_is_also_json(run: Run, slurm: TalkativeSlurm) -> None:
     assert answer["state"] == "PENDING"
 
 
+def test_why_tells_the_attempts_of_this_job_only(run: Run, slurm: TalkativeSlurm, tmp_path: Path) -> None:
+    """An element's run directory keeps the attempts of earlier arrays too, under the raw numbers of their elements."""
+    (tmp_path / "slurm").mkdir()
+    element = tmp_path / "0"
+    element.mkdir()
+    for folder in (tmp_path, element):
+        (folder / "job.yaml").write_text("name: train\n")
+    begin = (
+        '{{"event": "begin", "attempt": {}, "job_id": "{}", "time": "2026-11-21T12:00:00+00:00", "nodes": ["n{}"]}}\n'
+    )
+    (element / "attempts.jsonl").write_text(begin.format(1, 6, 1) + begin.format(2, 16, 2))
+    log = str(tmp_path / "slurm" / "15_0_0_log.out")
+    slurm.kept = [known_job("16", array_job_id="15", array_task="0", state="RUNNING", start_time=NOW, stdout=log)]
+    out = run("jobs", "why", "15_0")[1]
+    assert "attempt 2: " in out
+    assert "attempt 1: " not in out
+
+
 def test_clear_lets_a_run_try_again(run: Run, slurm: TalkativeSlurm, tmp_path: Path) -> None:
     """A run that has given up is cleared by its directory; one that has not is an error."""
     journal = RunDirectory(tmp_path)

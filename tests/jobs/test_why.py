@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -150,6 +151,7 @@ def test_a_requeued_job_says_why_and_until_when_it_is_held() -> None:
 def test_a_delayed_job_is_not_called_requeued() -> None:
     """BeginTime of a job that never ran is somebody's --begin."""
     text = told(pending(reason="BeginTime", eligible_time=ahead(hours=1)))
+    assert "until at" not in text
     assert "submitted to start later" in text
     assert "requeued" not in text
 
@@ -207,7 +209,7 @@ def test_a_running_job_says_where_and_until_when() -> None:
         AccountingRecord(id="12", raw_id="12", state="RUNNING", start_time=ago(minutes=90)),
     )
     text = told(job, records=records)
-    assert "runs on gpu-1, gpu-2" in text
+    assert re.search(r"runs on gpu-1, gpu-2 since [\d :-]+ \(1 h 30 min ago\)", text)
     assert "time limit of 2h ends it" in text
     assert (
         "attempt 2: it has been requeued once; the last time because its last attempt saved and asked to be requeued"
