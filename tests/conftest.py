@@ -48,6 +48,14 @@ def cluster_root() -> Iterator[Path]:
     _remove(root)
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty directory whose own path is short: pytest's are too long for the sockets of a cluster under `pytest -n`."""
+    directory = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def local_cluster(cluster_root: Path) -> LocalCluster:
     """The session's cluster: templates/cluster/local-demo.yaml as it stands. Leave it as found: idle nodes, no jobs."""

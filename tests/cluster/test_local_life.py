@@ -343,16 +343,16 @@ def test_a_half_dead_cluster_is_not_replaced_unasked(cluster_root: Path) -> None
     cluster.down()
 
 
-def test_somebody_elses_directory_is_never_emptied(tmp_path: Path) -> None:
+def test_somebody_elses_directory_is_never_emptied(short_path: Path) -> None:
     """A root that points at a person's own folders: neither up nor down touches a folder that is no cluster's."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "thesis.tex").write_text("years of work")
-    cluster = LocalCluster("data", root=tmp_path)
+    (short_path / "data").mkdir()
+    (short_path / "data" / "thesis.tex").write_text("years of work")
+    cluster = LocalCluster("data", root=short_path)
     with pytest.raises(StateError, match=r"thesis\.tex.*nothing has been removed"):
         cluster.up(one_node())
     with pytest.raises(StateError, match=r"thesis\.tex"):
         cluster.down()
-    assert (tmp_path / "data" / "thesis.tex").read_text() == "years of work"
+    assert (short_path / "data" / "thesis.tex").read_text() == "years of work"
 
 
 def test_two_muster_commands_do_not_work_on_one_cluster(cluster_root: Path) -> None:
@@ -434,7 +434,7 @@ def _life_of_an_ordinary_user(home: Path) -> dict[str, object]:
     }
 
 
-def test_up_says_why_when_namespaces_are_forbidden(tmp_path: Path) -> None:
+def test_up_says_why_when_namespaces_are_forbidden(short_path: Path) -> None:
     """In a container without the right to make namespaces, nothing is started, and the message says what to change."""
 
     class Forbidding(LocalShell):
@@ -446,5 +446,5 @@ def test_up_says_why_when_namespaces_are_forbidden(tmp_path: Path) -> None:
             return super().run(argv, **options)  # type: ignore[arg-type]
 
     with pytest.raises(MissingError, match=r"Operation not permitted.*(CAP_SYS_ADMIN|user namespaces)"):
-        LocalCluster("jailed", root=tmp_path, shell=Forbidding()).up(one_node())
-    assert list(tmp_path.iterdir()) == []
+        LocalCluster("jailed", root=short_path, shell=Forbidding()).up(one_node())
+    assert list(short_path.iterdir()) == []

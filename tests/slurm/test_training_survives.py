@@ -82,9 +82,11 @@ class Range:
     def wait(self, condition: Callable[[], Any], what: str, *, timeout_s: float = 240.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in self.folder.rglob("*_0_log.out"))
-            assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}\n{logs}"
+            assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}\n{self.logs()}"
             time.sleep(0.1)
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*/slurm/*_0_log.out"))
 
     def wait_until_completed(self, job_id: str) -> None:
         self.wait(lambda: self.slurm.job(job_id).is_ended, f"job {job_id} to end", timeout_s=500)
