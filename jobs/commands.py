@@ -61,7 +61,7 @@ def submit(
 ) -> None:
     """Submit a job description to a queue.
 
-    Ready-made jobs are found by name; muster submit --dry-run NAME shows what they do.
+    Ready-made jobs are found by name; muster submit --dry-run --json NAME shows the job beside its batch script.
     """
     from jobs.jobspec import read_job
     from jobs.queues import find_cluster
@@ -78,7 +78,8 @@ def submit(
     if dry_run:
         text = launcher.script(spec)
         if as_json:
-            print_json({"script": text, "run_directory": str(launcher.run_directory(spec))})
+            job_file = spec.model_dump(mode="json", exclude_unset=True)
+            print_json({"script": text, "job": job_file, "run_directory": str(launcher.run_directory(spec))})
         else:
             sys.stdout.write(text)
         return

@@ -134,6 +134,15 @@ def test_options_are_overrides(
     assert [path.name for path in tmp_path.iterdir()] == ["j.yaml"]
 
 
+def test_a_dry_run_as_json_has_the_job_itself(run: Run, slurm: TalkativeSlurm, tmp_path: Path) -> None:
+    """The script does not say what runs in it; with --json the job stands beside it, as file and options made it."""
+    (tmp_path / "j.yaml").write_text("name: x\ncommand: [python, a.py]\n")
+    _, out, _ = run("submit", str(tmp_path / "j.yaml"), "--dry-run", "--json", "--set", "arguments=[--fast]")
+    told = json.loads(out)
+    assert told["job"] == {"name": "x", "command": ["python", "a.py"], "arguments": ["--fast"]}
+    assert told["script"].startswith("#!")
+
+
 def test_without_a_description_of_the_cluster_it_is_said(run: Run, slurm: TalkativeSlurm, tmp_path: Path) -> None:
     """What could not be checked is a warning on standard error, and not an error."""
     (tmp_path / "j.yaml").write_text("name: x\ncommand: [true]\n")
