@@ -293,6 +293,9 @@ def logs(
         text, offset = read_tail(path, lines)
         sys.stdout.write(text)
         sys.stdout.flush()
+        if offset == 0 and not follow_it:
+            has_ended = found.job is None or found.job.is_ended
+            error_console().print(f"(nothing written{'' if has_ended else ' yet'})", highlight=False)
     elif not follow_it:
         state = found.job.state.lower() if found.job is not None else "gone"
         raise NotFoundError(

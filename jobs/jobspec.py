@@ -247,7 +247,9 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _runs_one_thing(self) -> JobSpec:
-        if (self.entry is None) == (not self.command):
+        if self.entry is not None and self.command:
+            raise ValueError("has both entry and command, and a job runs one thing; leave one of them out")
+        if self.entry is None and not self.command:
             raise ValueError("needs either entry or command; write entry: jobs.train, or command: [python, script.py]")
         if self.arguments and not self.command:
             raise ValueError("arguments go behind command, and there is none; put an entry point's values into config")

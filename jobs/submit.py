@@ -124,8 +124,8 @@ class Launcher:
 
         Raises:
             JobError: It cannot run here, or its run directory holds a run with other settings.
-            StateError: Its run directory holds a finished training, or a run in use by a live job. Commands and other entry points
-                keep no mark of being finished: they run again.
+            StateError: Its run directory holds a finished training, or a run in use by a live job. Commands and other entry
+                points keep no mark of being finished: they run again.
             SlurmError: Slurm refused. The run directory is then as it was before.
         """
         if spec.array is not None:

@@ -446,6 +446,15 @@ def test_a_job_that_has_written_nothing_says_so(run: Run, slurm: TalkativeSlurm,
     assert "muster jobs why 5" in said
 
 
+def test_an_empty_log_is_no_silence(run: Run, slurm: TalkativeSlurm, tmp_path: Path) -> None:
+    """A log without a word in it is told from a command that did not work; standard output stays empty."""
+    (tmp_path / "log").write_text("")
+    slurm.kept = [known_job("5", state="RUNNING", stdout=str(tmp_path / "log"))]
+    assert run("jobs", "logs", "5") == (0, "", "(nothing written yet)\n")
+    slurm.kept = [known_job("5", state="COMPLETED", stdout=str(tmp_path / "log"))]
+    assert run("jobs", "logs", "5") == (0, "", "(nothing written)\n")
+
+
 def test_show_leaves_out_what_is_not_known(run: Run, slurm: TalkativeSlurm) -> None:
     """Names and values, none of them empty."""
     slurm.kept = [known_job("5", account="research", time_limit=timedelta(hours=2))]

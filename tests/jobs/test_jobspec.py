@@ -72,7 +72,7 @@ def test_the_shortest_job_has_sensible_defaults() -> None:
         ({"time": "5m", "warning": "10m"}, ["warning (10m)", "shorter than time (5m)"]),
         ({"command": "python x.py"}, ["command (python x.py)", "must be a list", "[python, script.py]"]),
         ({"command": []}, ["either entry or command"]),
-        ({"entry": "jobs.train"}, ["either entry or command"]),
+        ({"entry": "jobs.train"}, ["has both entry and command", "leave one of them out"]),
         ({"entry": "jobs/train.py", "command": []}, ["entry (jobs/train.py)", "module:function"]),
         ({"config": {"a": 1}}, ["config goes to an entry point", "in arguments"]),
         ({"environment": {"RANK": "0"}}, ["RANK is set by Muster", "leave it out"]),
