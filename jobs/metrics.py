@@ -81,6 +81,8 @@ class StepMetrics:
             StateError: The loss is not a number any more.
         """
         if self._held is None:
+            if self._lines is not None:
+                self._lines.flush()
             return None
         facts, loss, grad_norm, work = self._held
         self._held = None

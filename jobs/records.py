@@ -1,36 +1,91 @@
 """Lines of JSON that a run appends as it goes, and what they prove: which samples were really trained on.
 
 Only whole lines count. A process that is killed while writing leaves a torn last line; the next attempt starts on a new line
-and readers pass over what is not JSON.
+and readers pass over what is not JSON. A full disk does not stop a run: what cannot be written waits in memory and is written
+in its order once there is room again.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-from collections import Counter, defaultdict
+import logging
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
+_LINES_KEPT = 100_000  # a few dozen MB of the longest lines, and hours of training
+
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line, each handed to the operating system at once."""
+    """Appends records to a file, one JSON object a line, each handed to the operating system at once.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file; made if it is not there.
+        lines_kept: How many lines may wait in memory while they cannot be written; beyond that the oldest are lost.
+    """
+
+    def __init__(self, path: Path, *, lines_kept: int = _LINES_KEPT) -> None:
         self._path = path
+        self._waiting: deque[bytes] = deque()
+        self._lines_kept = lines_kept
+        self._lost = 0
+        self._is_failing = False
         self._file = path.open("ab", buffering=0)
-        if self._file.tell() and not _ends_with_newline(path):
-            self._file.write(b"\n")
+        self._is_torn = bool(self._file.tell()) and not _ends_with_newline(path)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line. One write call, so that a kill tears at most this line."""
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        """Write one line, after those that still wait. One write call a line, so that a kill tears at most one.
+
+        Where it cannot be written, it waits for the next `append` or `flush`; the first time, a warning says so.
+        """
+        self._waiting.append(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        self.flush()
+        while len(self._waiting) > self._lines_kept:
+            self._waiting.popleft()
+            self._lost += 1
+
+    def flush(self) -> None:
+        """Try again to write what waits; never raises."""
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._is_failing:
+                logger.warning("%s: cannot be written (%s); its lines are kept in memory", self._path, error.strerror)
+            self._is_failing = True
+        else:
+            if self._is_failing:
+                lost = f", but for {self._lost} that were too many to keep" if self._lost else ""
+                logger.warning("%s: written again, with all lines that waited%s", self._path, lost)
+            self._is_failing, self._lost = False, 0
 
     def close(self) -> None:
-        """Close the file; more than once does no harm."""
-        self._file.close()
+        """Close the file; more than once does no harm. What cannot be written now is lost, which a warning says."""
+        if self._file.closed:
+            return
+        self.flush()
+        if self._waiting:
+            logger.warning("%s: %d lines are lost", self._path, self._lost + len(self._waiting))
+            self._waiting.clear()
+        try:
+            self._file.close()
+        except OSError as error:  # some file systems tell only now that what they took has found no room
+            logger.warning("%s: closing it failed (%s); its last lines may be lost", self._path, error.strerror)
+
+    def _write(self, line: bytes) -> None:
+        data = b"\n" + line if self._is_torn else line
+        written = self._file.write(data) or 0
+        if written:
+            self._is_torn = data[written - 1 : written] != b"\n"
+        if written < len(data) - 1:  # only its newline missing, it is a whole line, and must not come twice
+            raise OSError(errno.ENOSPC, "only a part of a line found room")
 
     def __enter__(self) -> JsonLines:
         return self

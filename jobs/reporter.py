@@ -109,6 +109,8 @@ class Reporter:
             StateError: The loss is not a number any more.
         """
         self._show(self._metrics.flush())
+        if self._samples is not None:
+            self._samples.flush()
 
     def restart_clock(self) -> None:
         """Do not count the time since the last step as part of the next."""

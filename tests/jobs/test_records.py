@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import settings as test_settings
 from hypothesis import strategies as st
@@ -106,3 +109,59 @@ def test_lines_are_there_before_the_file_is_closed(tmp_path: Path) -> None:
 def test_no_file_is_no_records(tmp_path: Path) -> None:
     """Reading records that were never written gives none."""
     assert list(read_json_lines(tmp_path / "none.jsonl")) == []
+
+
+class FullDisk:
+    """A file that takes so many bytes more, as a disk that fills up does: a part of the last write, then an error."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        part = data[: self.room]
+        self.room -= len(part)
+        return int(self.file.write(part))
+
+    def close(self) -> None:
+        self.closed = True
+        self.file.close()
+
+
+@given(rooms=st.lists(st.integers(0, 25), min_size=1, max_size=12))
+def test_a_full_disk_loses_no_line_and_writes_none_twice(rooms: list[int]) -> None:
+    """Wherever in a line the disk fills up, and however often: afterwards every line is there once, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lines.jsonl"
+        lines = JsonLines(path)
+        disk = FullDisk(lines._file, 0)
+        lines._file = disk  # type: ignore[assignment] # the two methods that are used
+        for number, room in enumerate(rooms):
+            disk.room = room
+            lines.append({"step": number})
+        disk.room = 1_000_000
+        lines.flush()
+        assert [record["step"] for record in read_json_lines(path)] == list(range(len(rooms)))
+        lines.close()
+
+
+def test_a_full_disk_is_a_warning_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning when it begins, one when it is over, one at the end for what is lost; memory does not grow without end."""
+    lines = JsonLines(tmp_path / "lines.jsonl", lines_kept=3)
+    disk = FullDisk(lines._file, 0)
+    lines._file = disk  # type: ignore[assignment] # the two methods that are used
+    for number in range(5):
+        lines.append({"step": number})
+    disk.room = 1_000
+    lines.append({"step": 5})
+    assert [record["step"] for record in read_json_lines(tmp_path / "lines.jsonl")] == [2, 3, 4, 5]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "No space left on device" in caplog.records[0].message
+    assert "but for 2" in caplog.records[1].message
+    disk.room = 0
+    lines.append({"step": 6})
+    lines.close()
+    lines.close()
+    assert "1 lines are lost" in caplog.text

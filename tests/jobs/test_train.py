@@ -31,7 +31,10 @@ from jobs.sample import main as sample_main
 from jobs.settings import TrainConfig, dump_config
 from jobs.shards import new_shard, shard_name
 
-pytestmark = pytest.mark.training
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.timeout(900),
+]  # attempts of two ranks, one after another, on a busy machine
 
 PICTURES = 22
 KEYS = [f"p{number:02d}" for number in range(PICTURES)]
@@ -393,6 +396,47 @@ def test_a_full_disk_does_not_stop_training(
     assert "Training goes on" in caplog.text
     assert list_steps(config.run_directory / "checkpoints") == [12, 10]
     assert losses(config.run_directory) == losses(straight)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB, where this may be mounted."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(
+    small_disk: Path, shards: Path, straight: Path, in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Really full from step 6 to step 11: metrics and sample records wait, and all are there in the end, losses as ever."""
+    config = make_config(small_disk / "run", shards, checkpoint={"every_steps": 100}, record_samples=True)
+    ballast = small_disk / "ballast"
+    real = Reporter.step_done
+
+    def step_done(self: Any, *arguments: Any, **keywords: Any) -> None:
+        if self._training.step == 6:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            with metrics.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\n")  # to the last byte of its last page
+        if self._training.step == 11:
+            ballast.unlink()
+        real(self, *arguments, **keywords)
+
+    metrics = config.run_directory / "metrics.jsonl"
+    monkeypatch.setattr(Reporter, "step_done", step_done)
+    assert in_process(config) == 0
+    assert losses(config.run_directory) == losses(straight)
+    assert count_samples(samples(config.run_directory), keys=KEYS, batch_size=BATCH) == SampleCount(
+        STEPS, STEPS * BATCH, 0, 0
+    )
 
 
 def test_the_last_save_must_succeed(
