@@ -220,7 +220,7 @@ class Story:
         )
         self.require_success(high_id, high)
         self.nodes_free_at = self.job(high_id).end_time
-        self.screen.event("high priority job done", f"training will go on at step {stopped_at}")
+        self.screen.event("urgent job done", f"training will go on at step {stopped_at}")
         return stopped_at, waited_s
 
     def start_reference(self, training: JobSpec) -> str:
@@ -241,7 +241,7 @@ class Story:
             if not back and any(record["attempt"] > 1 for record in self.steps_of("train").values()):
                 back = True
                 nodes = ", ".join(self.job(training).nodes)
-                self.screen.event("training is back", f"it goes on on {nodes}", style="bold green")
+                self.screen.event("training is back", f"attempt 2, on {nodes}", style="bold green")
             if not done and len(self.steps_of("reference")) >= min(reference_steps, total):
                 done = True
                 self.slurm.cancel([reference])
