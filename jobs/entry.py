@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_DONE_POLL_S = 0.5
 _KILLED_BASE = 128  # a shell's exit status for a program ended by signal n is 128 + n
 
 
@@ -113,6 +115,8 @@ def run_attempt(spec: JobSpec, directory: Path) -> int:
             )
             code = run_command(spec) if spec.kind == "command" else call_entry_point(spec)
             if code == 0:
+                if not _all_are_done(run, info, stop):
+                    return requeuer.leave_early()
                 run.end_attempt(EndReason.FINISHED, None, message=_doubt(stop))
                 return 0
             if code != REQUEUE_EXIT_CODE and stop.requested is None:
@@ -125,6 +129,22 @@ def run_attempt(spec: JobSpec, directory: Path) -> int:
             logger.error("%s", error, exc_info=not isinstance(error, MusterError))
             code = requeuer.leave_after_crash(error)
     return code
+
+
+def _all_are_done(run: RunDirectory, info: RankInfo, stop: StopSignals) -> bool:
+    """Leave word that this rank is done and, on rank 0, wait for the others: the attempt is finished when all of them are.
+
+    Returns:
+        False on rank 0 if the job has to leave before that: another rank has failed, or a stop was asked for.
+    """
+    if info.world_size == 1:
+        return True
+    run.note_done(info)
+    while info.is_first and run.ranks_done(info) < info.world_size:
+        if stop.requested is not None or run.is_ending_claimed(info):
+            return False
+        time.sleep(_DONE_POLL_S)
+    return True
 
 
 def _doubt(stop: StopSignals) -> str:

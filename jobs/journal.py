@@ -223,6 +223,16 @@ class RunDirectory:
             logger.warning("cannot settle which rank ends the attempt: %s", error)
         return True
 
+    def note_done(self, info: RankInfo) -> None:
+        """Leave word that this rank has done its part; for programs whose ranks do not meet at the end. See `ranks_done`."""
+        path = self._crash_folder(info.attempt_label) / f"done-{info.rank}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def ranks_done(self, info: RankInfo) -> int:
+        """Return how many ranks of this attempt have done their part."""
+        return sum(1 for _ in self._crash_folder(info.attempt_label).glob("done-*"))
+
     def write_ending(self, info: RankInfo, ending: Ending) -> None:
         """Tell the other ranks, and the next attempt, how this one ends; see `claim_ending`."""
         try:

@@ -136,6 +136,30 @@ def test_a_failing_rank_does_not_make_the_job_come_back_for_ever(launcher: Launc
     assert (job.state, job.restarts) == ("FAILED", 0)
 
 
+def test_a_rank_that_fails_after_the_first_is_done_counts(
+    launcher: Launcher, slurm: SlurmCliClient, tmp_path: Path
+) -> None:
+    """Rank 0 ends with 0, rank 1 fails later: the attempt has failed, is retried once as allowed, and then given up."""
+    line = 'if [ "$SLURM_PROCID" = 1 ]; then sleep 3; exit 3; fi'
+    job = ended(slurm, launcher.submit(shell(line, nodes=2, retries=1)).job_id)
+    assert (job.state, job.restarts) == ("FAILED", 1)
+    reasons = [attempt.reason for attempt in RunDirectory(tmp_path / "runs" / "job").attempts()]
+    assert reasons == [EndReason.CRASHED, EndReason.CRASHED]
+
+
+def test_a_command_of_several_ranks_is_finished_when_all_are(
+    launcher: Launcher, slurm: SlurmCliClient, tmp_path: Path
+) -> None:
+    """The journal says finished once, after the slowest rank."""
+    line = 'if [ "$SLURM_PROCID" = 1 ]; then sleep 3; fi'
+    job = ended(slurm, launcher.submit(shell(line, nodes=2)).job_id)
+    attempts = RunDirectory(tmp_path / "runs" / "job").attempts()
+    assert (job.state, [attempt.reason for attempt in attempts]) == ("COMPLETED", [EndReason.FINISHED])
+    assert attempts[0].ended is not None
+    assert attempts[0].started is not None
+    assert (attempts[0].ended - attempts[0].started).total_seconds() >= 2
+
+
 def test_a_command_is_retried_as_often_as_allowed(launcher: Launcher, slurm: SlurmCliClient, tmp_path: Path) -> None:
     """With retries: 1 a failing command runs twice under one number, then gives up with its own exit code."""
     job = ended(slurm, launcher.submit(shell("exit 4", retries=1)).job_id)
