@@ -19,7 +19,7 @@ demo: setup  ## The main job from end to end on this machine: train, be preempte
 	@$(BIN)/muster demo $(if $(STEPS),--steps $(STEPS)) $(if $(SIZE),--size $(SIZE))
 
 test: setup  ## All tests, on the real daemons too
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 3 $(PYTEST_ARGS)
 
 lint: setup  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .

@@ -25,19 +25,6 @@ MakeCluster = Callable[..., LocalCluster]
 """`make_cluster(**changes)`: start a cluster whose description is local-demo's with these top-level keys replaced."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together, on one worker of `pytest -n`, what shares a cluster or a trained run: tests wait for daemons more than they work.
-
-    Each group has a cluster of its own; the groups run side by side.
-    """
-    for item in items:
-        if item.get_closest_marker("daemons") is not None:
-            shapes = item.path.name == "test_lifecycle_shapes.py"
-            item.add_marker(pytest.mark.xdist_group("daemons: shapes" if shapes else "daemons"))
-        elif item.get_closest_marker("training") is not None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(scope="session")
 def cluster_root() -> Iterator[Path]:
     """A short directory for clusters (socket paths are limited) that other users can enter, gone afterwards."""
