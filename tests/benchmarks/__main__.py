@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.errors import InputError, MusterError
 from cluster.output import error_console, print_table
-from tests.benchmarks.results import Result, as_plain, machine, row
+from tests.benchmarks.results import Result, as_plain, machine, markdown, row
 
 FAILED = 1
 
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         report = {"machine": conditions, "results": as_plain(results), "failed": failed}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(conditions, results), encoding="utf-8")
     if failed:
         error_console().print(f"[red]failed: {', '.join(failed)}[/]")
     return FAILED if failed else 0
@@ -90,14 +92,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; all of them by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for docs/performance.md there")
     parser.add_argument("--list", action="store_true", help="list the benchmarks, and how long each takes")
     options = parser.parse_args(argv)
     known = [entry.name for entry in ENTRIES]
     unknown = [name for name in options.names if name not in known]
     if unknown:
         parser.error(f"{unknown[0]}: no such benchmark; there are: {', '.join(known)}")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise InputError(f"--json {options.json}: there is no such directory")
+    for file in filter(None, (options.json, options.markdown)):  # before ten minutes are spent
+        if not file.absolute().parent.is_dir():
+            raise InputError(f"{file}: the directory does not exist; make it, or name another file")
     return options
 
 

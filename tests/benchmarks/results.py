@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from statistics import median
+from importlib.metadata import version
 from typing import Any
 
 from cluster.errors import MusterError
@@ -26,8 +26,10 @@ class Result:
     """What `other` was measured on."""
     unit: str
     ratio: float | None
-    """`ours` by `other`; where it was measured in rounds, the median of the rounds' own ratios."""
+    """`ours` by `other`; None where the other side measured nothing or 0."""
     note: str = ""
+    rounds: tuple[tuple[float, float], ...] = ()
+    """Both sides' figures of each round, where rounds were compared one by one; the best for us first."""
 
 
 def compare(
@@ -35,18 +37,24 @@ def compare(
 ) -> Result:
     """Make the result of rounds in which both sides were measured, `ours[i]` next to `other[i]`.
 
-    Ratios are taken round by round, because two figures taken next to each other share what else the machine was doing then.
-    Where the sides have different numbers of rounds, or the other side measured 0, it is the ratio of the medians.
+    The figures are those of the round whose ratio is the median (of two middle ones the worse for us): two figures taken next
+    to each other share what else the machine was doing then, the medians of each side's own figures do not.
     """
-    both = median(ours), median(other)
-    if len(ours) == len(other) and all(other):
-        ratios = [mine / theirs for mine, theirs in zip(ours, other, strict=True)]
-        ratio: float | None = median(ratios)
-        if len(ratios) > 1:
-            note = f"{note}; " * bool(note) + f"{len(ratios)} rounds, ratios {min(ratios):.2f}-{max(ratios):.2f}"
-    else:
-        ratio = both[0] / both[1] if both[1] else None
-    return Result(name=name, ours=both[0], other=both[1], other_is=other_is, unit=unit, ratio=ratio, note=note)
+    rounds = sorted(zip(ours, other, strict=True), key=lambda pair: pair[0] / pair[1])
+    mine, theirs = rounds[len(rounds) // 2]
+    if len(rounds) > 1:
+        lowest, highest = (pair[0] / pair[1] for pair in (rounds[0], rounds[-1]))
+        note = f"{note}; " * bool(note) + f"{len(rounds)} rounds, ratios {lowest:.2f}-{highest:.2f}"
+    return Result(
+        name=name,
+        ours=mine,
+        other=theirs,
+        other_is=other_is,
+        unit=unit,
+        ratio=mine / theirs,
+        note=note,
+        rounds=tuple(rounds),
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -58,6 +66,7 @@ def machine() -> dict[str, Any]:
         "system": _system(),
         "python": platform.python_version(),
         "slurm": _slurm_version(),
+        "torch": version("torch"),
         "load_before": round(os.getloadavg()[0], 2),
     }
 
@@ -72,6 +81,20 @@ def row(result: Result) -> tuple[str, ...]:
     other = "" if result.other is None else f"{figure(result.other)} {result.unit}"
     ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
     return result.name, f"{figure(result.ours)} {result.unit}", other, ratio, result.other_is, result.note
+
+
+def markdown(conditions: dict[str, Any], results: Sequence[Result]) -> str:
+    """Return the section "Figures" of docs/performance.md."""
+    where = f"{conditions['cores']} cores of {conditions['processor']}, {conditions['system']}, {conditions['slurm']}"
+    lines = [
+        f"{conditions['date'][:10]}: {where}, Python {conditions['python']}, torch {conditions['torch']}. "
+        f"Load before the run: {conditions['load_before']}.",
+        "",
+        "| measured | ours | other | ratio | the other is | note |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(row(result))} |" for result in results),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def figure(value: float) -> str:

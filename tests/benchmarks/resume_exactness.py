@@ -55,7 +55,7 @@ def measure(
                 name=f"resume_exactness: {what}",
                 ours=mine,
                 other=theirs,
-                other_is="accelerate's save_state and load_state, as diffusers' example uses them",
+                other_is="accelerate's own resume",
                 unit="samples",
                 ratio=mine / theirs if theirs else None,
                 note=note,
