@@ -47,7 +47,7 @@ def short_path() -> Iterator[Path]:
 def local_cluster(cluster_root: Path) -> LocalCluster:
     """The session's cluster: templates/cluster/local-demo.yaml as it stands. Leave it as found: idle nodes, no jobs."""
     _skip_without_programs()
-    cluster = LocalCluster("session", root=cluster_root)
+    cluster = LocalCluster(f"session-{os.getpid()}", root=cluster_root)  # its name is in the ports where ranks meet
     cluster.up(load_spec(LOCAL_DEMO))
     return cluster
 
@@ -63,7 +63,7 @@ def make_cluster(cluster_root: Path) -> Iterator[MakeCluster]:
         if nodes is not None:
             changes.setdefault("pools", (spec.pools[0].model_copy(update={"nodes": nodes}),))
         spec = ClusterSpec.model_validate({**spec.model_dump(), **_plain(changes)})
-        cluster = LocalCluster(f"extra-{len(made)}", root=cluster_root)
+        cluster = LocalCluster(f"extra-{os.getpid()}-{len(made)}", root=cluster_root)
         made.append(cluster)
         cluster.up(spec)
         return cluster

@@ -66,7 +66,7 @@ def test_commands_in_a_job_find_the_cluster_without_its_variables(local_cluster:
     printed = run(
         local_cluster, "srun", "--nodes=1", "sh", "-c", "unset SLURM_CONF; scontrol show config | grep ClusterName"
     )
-    assert printed.split() == ["ClusterName", "=", "session"]
+    assert printed.split() == ["ClusterName", "=", local_cluster.name]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_status_says_what_runs(local_cluster: LocalCluster) -> None:
 def test_the_description_is_kept_for_other_commands(local_cluster: LocalCluster) -> None:
     """MUSTER_CLUSTER points to the description that the cluster was made from, under its own name."""
     spec = load_spec(Path(local_cluster.environment()["MUSTER_CLUSTER"]))
-    assert spec.name == "session"
+    assert spec.name == local_cluster.name
     assert [queue.name for queue in spec.queues] == ["high", "low"]
 
 
@@ -249,4 +249,4 @@ def test_status_is_plain_enough_for_json(local_cluster: LocalCluster) -> None:
     """What --json prints can be read back."""
     from cluster.output import as_plain
 
-    assert json.loads(json.dumps(as_plain(local_cluster.status()), default=str))["name"] == "session"
+    assert json.loads(json.dumps(as_plain(local_cluster.status()), default=str))["name"] == local_cluster.name

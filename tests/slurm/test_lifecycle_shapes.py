@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -159,7 +160,7 @@ def shapes_cluster(
     request: pytest.FixtureRequest, local_cluster: LocalCluster, cluster_root: Path
 ) -> Iterator[LocalCluster]:
     """A cluster per value of preempt_send_user_signal. (`local_cluster` is asked for so that its skips hold here too.)"""
-    cluster = LocalCluster(f"shapes-{int(request.param)}", root=cluster_root)
+    cluster = LocalCluster(f"shapes-{os.getpid()}-{int(request.param)}", root=cluster_root)
     cluster.up(spec_of_shapes(user_signal=request.param))
     yield cluster
     cluster.down()

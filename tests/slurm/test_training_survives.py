@@ -277,7 +277,8 @@ def test_a_disk_that_is_full_for_a_while(
         assert field.slurm.job(job_id).is_running, "training stopped although only periodic saves failed"
         (disk / "ballast").unlink()
         field.wait_until_completed(job_id)
-        assert [attempt.reason for attempt in RunDirectory(run).attempts()] == [EndReason.FINISHED]
+        attempts = RunDirectory(run).attempts()
+        assert [attempt.reason for attempt in attempts] == [EndReason.FINISHED], attempts
         nothing_lost(run, straight)
         field.cluster.down()
     finally:
