@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cluster.errors import MusterError
-from cluster.shell import LocalShell
+from cluster.shell import LocalShell, find_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,7 @@ def _system() -> str:
 
 def _slurm_version() -> str | None:
     try:
-        return LocalShell().run(["scontrol", "--version"], timeout_s=10).stdout.strip()
+        # Not scontrol: that one wants a configuration, and so a cluster, before it tells its version.
+        return LocalShell().run([find_program("slurmctld"), "-V"], timeout_s=10).stdout.strip()
     except MusterError:
         return None
